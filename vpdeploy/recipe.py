@@ -1,0 +1,501 @@
+"""A recipe: one TOML file that says everything a run depends on. Strict: every problem is found, and all are told at once.
+
+The models below are the only definition of the keys; ``docs/recipe.md`` is generated from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vpdeploy.errors import RecipeError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
+ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
+Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
+BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelTable(Table):
+    """Which network, and from which weights."""
+
+    name: str = Field(
+        description='built-in ("cifar_resnet20", 32, 44, 56, 110), "torchvision:resnet18", "path/to/file.py:factory" or "package.module:factory"',
+        min_length=1,
+    )
+    weights: str | None = Field(
+        None,
+        description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
+    )
+    head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
+        "auto",
+        description="auto: keep when class counts agree, else replace; flm, ilm: keep the source classifier and map its classes by frequency (once; again every search epoch)",
+    )
+    classifier: str | None = Field(
+        None, description="names the classifier when it is not the last linear layer or 1x1 convolution"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
+
+
+class DataTable(Table):
+    """Which images."""
+
+    name: str = Field(
+        description='"digits" (embedded), "imagefolder", or a torchvision data set: cifar10, cifar100, flowers102, oxford_pets, dtd, food101, stanford_cars, svhn, gtsrb, eurosat',
+        min_length=1,
+    )
+    root: str | None = Field(
+        None,
+        description="folder or .zip: train/CLASS/* and test/CLASS/* (with train/ and val/ alone, val is the test split), or bare CLASS/* with test_fraction",
+    )
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="split off train, stratified and seeded; reported, selects nothing by itself"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="test split for data that brings none"
+    )
+    limit_train: Annotated[int, Field(ge=0)] = Field(
+        0, description="0 = all; otherwise a stratified, seeded subset of the training images"
+    )
+    limit_test: Annotated[int, Field(ge=0)] = Field(
+        0, description="0 = all; otherwise a stratified, seeded subset of the test images, for short trials"
+    )
+    on_bad_image: Literal["fail", "skip"] = Field("fail", description="skip: counted and named in the report")
+    max_pixels: Count = Field(50_000_000, description="larger images are bad images")
+    augment: Literal["crop-flip", "crop", "flip", "none"] = Field(
+        "crop-flip", description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt"
+    )
+    download: bool = Field(False, description="let torchvision download its data set into root")
+
+
+class InputTable(Table):
+    """From the caller's image to what the backbone sees."""
+
+    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(224, description="side of the resized image, pixels")
+    canvas_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="side of the zero-padded canvas; absent: image_size"
+    )
+    resize: Literal["stretch", "shorter-side-crop"] = Field("stretch", description="how an image becomes square")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="per colour", strict=False)
+
+    @property
+    def canvas(self) -> int:
+        return self.canvas_size or self.image_size
+
+
+class PixelsTable(Table):
+    """The learned pixels."""
+
+    kind: Literal["pad", "fix", "random", "none"] = Field(
+        "pad", description="pad: a frame of width size; fix: top-left square; random: a square moved every forward"
+    )
+    size: Count = Field(16, description="width of the frame, or side of the square, pixels")
+    stages: Literal["both", "search", "tune"] = Field(
+        "both", description="where the prompt is learned; search: then none is exported"
+    )
+
+
+class PromptTable(Table):
+    """The visual prompt."""
+
+    pixels: PixelsTable = Field(default_factory=PixelsTable)
+
+
+class FitTable(Table):
+    """Stage 0: one dense network from which every arm starts."""
+
+    what: Literal["auto", "none", "head", "all"] = Field(
+        "auto", description="auto: all without weights, head after a replaced head, none otherwise"
+    )
+    epochs: Count = Field(5, description="passes over the training split")
+    weight_lr: Positive = Field(0.02, description="peak learning rate")
+    batch_size: Count = Field(128, description="images per step")
+    weight_decay: NonNegative = Field(5e-4, description="not on norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross entropy")
+
+
+class SearchTable(Table):
+    """Stage 1: scores and prompt, on frozen weights."""
+
+    method: Literal["vpns"] = Field("vpns", description="with prompt.pixels.kind none it is the HYDRA baseline")
+    epochs: Count = Field(5, description="passes over the training split")
+    batch_size: Count = Field(128, description="images per step")
+    score_lr: Positive = Field(0.05, description="Adam, cosine decay")
+    prompt_lr: Positive = Field(1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
+    score_init: Literal["scaled", "random"] = Field(
+        "scaled", description="scaled: from the group's own weight norms; random: uniform in [0, 1)"
+    )
+    unprompted_step: bool = Field(
+        False, description="a second step per batch without the prompt, for the scores alone (as the authors' code does)"
+    )
+
+
+class BudgetTable(Table):
+    """What may remain: exactly one of the three ratios."""
+
+    channel_ratio: Fraction | None = Field(None, description="of the channels of prunable groups, each group counted once")
+    macs_ratio: Fraction | None = Field(None, description="of the backbone's multiply-accumulates")
+    params_ratio: Fraction | None = Field(None, description="of the backbone's parameters")
+    round_to: Count = Field(8, description="kept widths are multiples of this, or the full width")
+    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="largest share that any one group may lose")
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
+
+    @property
+    def ratio(self) -> float:
+        return getattr(self, self.kind)
+
+
+class TuneTable(Table):
+    """Stage 2: weights and prompt of the network that ships. The same for every arm."""
+
+    epochs: Count = Field(20, description="passes over the training split")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has momentum 0.9")
+    weight_lr: Positive = Field(0.02, description="cosine decay")
+    prompt_lr: Positive = Field(0.02, description="cosine decay; in [0, 1] pixel units")
+    weight_decay: NonNegative = Field(5e-4, description="not on prompt, norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross entropy")
+    batch_size: Count = Field(128, description="images per step")
+
+
+class ComputeTable(Table):
+    """Where and how training runs. What auto chose is saved in the run folder and reused on resume."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the backbone in training; auto: whichever a short measurement says is faster"
+    )
+    channels_last: Literal["auto", "yes", "no"] = Field("auto", description="memory layout of the backbone in training")
+    device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1)
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="threads that decode images; auto: one per core"
+    )
+
+
+class CompareTable(Table):
+    """Which models stand in the report."""
+
+    arms: tuple[Arm, ...] | None = Field(
+        None,
+        description="dense and pruned always; dense+prompt: tuned with the prompt; pruned-prompt: search and tune without it. Absent: dense, dense+prompt (with a prompt) and pruned",
+        strict=False,
+    )
+
+
+class ExportTable(Table):
+    """What is written for the runtime."""
+
+    forms: tuple[Literal["uint8", "float"], ...] = Field(
+        ("uint8", "float"),
+        description="uint8: [n, h, w, 3], everything inside; float: [n, 3, image_size, image_size] in [0, 1]",
+        strict=False,
+        min_length=1,
+    )
+    opset: Annotated[int, Field(ge=18, le=25)] = Field(18, description="ONNX operator set")
+
+
+class BenchTable(Table):
+    """How the exported files are measured."""
+
+    batches: tuple[Count, ...] = Field((1, 8), description="batch sizes", strict=False, min_length=1)
+    threads: tuple[Threads, ...] = Field((1, 2), description="ONNX Runtime's threads", strict=False, min_length=1)
+    seconds: Positive = Field(3.0, description="of measurement for each arm, form, batch and thread count")
+    image_size: tuple[Count, Count] = Field((375, 500), description="[height, width] of the uint8 form's images", strict=False)
+
+
+class Recipe(Table):
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(7, description="every random stream is derived from it")
+    model: ModelTable
+    data: DataTable
+    input: InputTable = Field(default_factory=InputTable)
+    prompt: PromptTable = Field(default_factory=PromptTable)
+    fit: FitTable = Field(default_factory=FitTable)
+    search: SearchTable = Field(default_factory=SearchTable)
+    budget: BudgetTable
+    tune: TuneTable = Field(default_factory=TuneTable)
+    compute: ComputeTable = Field(default_factory=ComputeTable)
+    compare: CompareTable = Field(default_factory=CompareTable)
+    export: ExportTable = Field(default_factory=ExportTable)
+    bench: BenchTable = Field(default_factory=BenchTable)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms compared, "dense" first: what the recipe names, or every arm that its prompt allows."""
+        if self.compare.arms is not None:
+            return tuple(arm for arm in ARMS if arm in self.compare.arms)
+        shipped = self.prompt.pixels.kind != "none" and self.prompt.pixels.stages != "search"
+        return ("dense", "dense+prompt", "pruned") if shipped else ("dense", "pruned")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in ``path`` with ``key=value`` overrides applied; relative paths start at the recipe's folder.
+
+    Raises: RecipeError with every problem of the file and of the overrides.
+    """
+    where = str(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(where, ["no such file; expected a recipe in TOML, such as recipes/quickstart.toml"]) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(where, [f"cannot be read: {e}"]) from e
+    except tomllib.TOMLDecodeError as e:
+        raise RecipeError(where, [f"not valid TOML: {e}"]) from e
+    problems = [problem for text in overrides for problem in _override(raw, text)]
+    return parse_recipe(raw, where=where, folder=path.resolve().parent, earlier_problems=problems)
+
+
+def parse_recipe(
+    raw: dict[str, Any], *, where: str, folder: Path, earlier_problems: Sequence[str] = ()
+) -> Recipe:
+    """Check ``raw`` and make its relative paths absolute from ``folder``.
+
+    Raises: RecipeError with every problem at once.
+    """
+    problems = list(earlier_problems)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as e:
+        problems += [_explain(error) for error in e.errors()]
+        recipe = _best_effort(raw, e)
+    if recipe is not None:
+        wrong = {problem.split(":")[0] for problem in problems}
+        problems += [text for key, text in _cross_field(recipe) if not wrong & {key, key.rpartition(".")[0]}]
+    if problems or recipe is None:
+        raise RecipeError(where, problems)
+    return _absolute(recipe, folder)
+
+
+def _override(raw: dict[str, Any], text: str) -> Iterator[str]:
+    """Apply one ``key=value`` of --set to ``raw``; yields what is wrong with it."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        yield f"--set {text}: got no key=value; expected for example --set tune.epochs=3"
+        return
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # bare words are strings: --set data.root=photos.zip
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            yield f"--set {text}: {part} is a value, not a table"
+            return
+    if parts[0] == "budget" and parts[-1] in BUDGETS:
+        for name in BUDGETS:
+            table.pop(name, None)
+    table[parts[-1]] = parsed
+
+
+def _best_effort(raw: dict[str, Any], errors: ValidationError) -> Recipe | None:
+    """The recipe without its wrong keys, so that cross-field checks can speak in the same breath."""
+    trimmed = json.loads(json.dumps(raw, default=str))
+    fillers = {("model",): {"name": "?"}, ("data",): {"name": "digits"}, ("budget",): {"macs_ratio": 0.5}}
+    for error in errors.errors():
+        path = [part for part in error["loc"] if isinstance(part, str)]
+        path = [part for i, part in enumerate(path) if _is_key(path[:i], part)]
+        table = trimmed
+        for part in path[:-1]:
+            table = table.get(part, {}) if isinstance(table, dict) else {}
+        if isinstance(table, dict) and path:
+            table.pop(path[-1], None)
+    for (name,), filler in fillers.items():
+        if isinstance(trimmed.setdefault(name, filler), dict):
+            for key, value in filler.items():
+                if name != "budget":
+                    trimmed[name].setdefault(key, value)
+    try:
+        return Recipe.model_validate(trimmed)
+    except ValidationError:
+        return None
+
+
+def _table(path: Sequence[str]) -> type[Table] | None:
+    model: Any = Recipe
+    for part in path:
+        info = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Table) else None
+        if info is None:
+            return None
+        model = info.annotation
+    return model if isinstance(model, type) and issubclass(model, Table) else None
+
+
+def _is_key(path: Sequence[str], part: str) -> bool:
+    """Whether ``part`` is a key of the recipe and not pydantic's name for a branch of a union."""
+    table = _table(path)
+    return table is not None and (part in table.model_fields or _table([*path, part]) is not None or not path or True)
+
+
+def _explain(error: Any) -> str:
+    """One line for one of pydantic's errors: key, what came, what was expected, what to do."""
+    path: list[str] = []
+    for part in error["loc"]:
+        if isinstance(part, int):
+            path.append(f"[{part}]")
+        elif _table(path) is not None:
+            path.append(part)
+    key = ".".join(path).replace(".[", "[")
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        table = _table(path[:-1])
+        known = list(table.model_fields) if table else []
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}")
+    if kind == "missing":
+        table = _table(path[:-1])
+        info = table.model_fields.get(path[-1]) if table else None
+        what = info.description if info and info.description else "this table"
+        return f"{key}: missing; expected {what}"
+    if kind == "literal_error":
+        near = difflib.get_close_matches(str(got), [w.strip("'") for w in _words(context["expected"])], n=1, cutoff=0.6)
+        return f"{key}: got {got!r}; expected {context['expected']}" + (f"; did you mean {near[0]!r}?" if near else "")
+    expected = {
+        "greater_than": "more than {gt}",
+        "greater_than_equal": "at least {ge}",
+        "less_than": "less than {lt}",
+        "less_than_equal": "at most {le}",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "string_type": "a text in quotes",
+        "bool_type": "true or false",
+        "model_type": "a table",
+        "dict_type": "a table",
+        "tuple_type": "a list",
+        "too_short": "at least {min_length} entry",
+        "string_too_short": "a text that is not empty",
+    }.get(kind)
+    return f"{key}: got {got!r}; expected {expected.format(**context) if expected else error['msg']}"
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(" or ", ", ").split(", ")
+
+
+def _cross_field(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What no single key can know: (key, problem)."""
+    pixels, canvas, arms = recipe.prompt.pixels, recipe.input.canvas, recipe.compare.arms
+    given = [name for name in BUDGETS if getattr(recipe.budget, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(given) if given else "none"
+        yield "budget", f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: remove the others"
+    if canvas < recipe.input.image_size:
+        yield (
+            "input.canvas_size",
+            f"input.canvas_size: got {canvas}, smaller than input.image_size {recipe.input.image_size}; expected at least that, or leave it out",
+        )
+    limit = (canvas - 1) // 2 if pixels.kind == "pad" else canvas
+    if pixels.kind != "none" and pixels.size > limit:
+        yield (
+            "prompt.pixels.size",
+            f"prompt.pixels.size: got {pixels.size}; a {pixels.kind!r} prompt on a canvas of {canvas} takes at most {limit}",
+        )
+    if arms is not None:
+        for needed in ("dense", "pruned"):
+            if needed not in arms:
+                yield "compare.arms", f"compare.arms: {needed!r} is missing; every report compares dense with pruned: add it"
+        if len(set(arms)) != len(arms):
+            yield "compare.arms", f"compare.arms: got {list(arms)}; expected each arm once"
+        if pixels.kind == "none":
+            for arm in arms:
+                if "prompt" in arm:
+                    yield "compare.arms", f"compare.arms: {arm!r} needs a prompt, but prompt.pixels.kind is 'none'; remove the arm or choose a kind"
+        if "dense+prompt" in arms and pixels.stages == "search":
+            yield "compare.arms", "compare.arms: 'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; remove the arm or use 'both'"
+    if recipe.data.name == "imagefolder" and not recipe.data.root:
+        yield "data.root", "data.root: missing; expected the folder or .zip that holds the images"
+    if recipe.model.head in ("flm", "ilm") and not recipe.model.weights:
+        yield "model.head", f"model.head: got {recipe.model.head!r} without model.weights; a label map needs a trained source classifier: give weights"
+    if recipe.model.args and ":" not in recipe.model.name:
+        yield "model.args", f"model.args: got values for {recipe.model.name!r}; only a factory (\"file.py:factory\") or torchvision model takes args"
+    if recipe.fit.what == "none" and not recipe.model.weights:
+        yield "fit.what", "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+
+
+def _absolute(recipe: Recipe, folder: Path) -> Recipe:
+    """The same recipe with every path absolute, so that it means the same from anywhere."""
+    model, data = recipe.model, recipe.data
+    file, colon, factory = model.name.rpartition(":")
+    if colon and file.endswith(".py"):
+        model = model.model_copy(update={"name": f"{_from(folder, file)}:{factory}"})
+    if model.weights and model.weights.endswith(CHECKPOINT_SUFFIXES):
+        model = model.model_copy(update={"weights": str(_from(folder, model.weights))})
+    if data.root:
+        data = data.model_copy(update={"root": str(_from(folder, data.root))})
+    return recipe.model_copy(update={"model": model, "data": data})
+
+
+def _from(folder: Path, path: str) -> Path:
+    return (folder / Path(path).expanduser()).resolve()
+
+
+# --- writing and comparing ------------------------------------------------------------------------------------------
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, every key in it. ``parse_recipe(tomllib.loads(text))`` gives the same recipe back."""
+    return tomli_w.dumps(_without_none(recipe.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value, for comparing and hashing parts of a recipe."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and prefix != "model.args":
+            for key, item in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            yield prefix, value
+
+    return dict(walk("", recipe.model_dump(mode="json")))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 of the resolved recipe, as it stands in the metadata of every exported file."""
+    return hashlib.sha256(json.dumps(flatten(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with some dotted keys replaced; the result is checked like any other."""
+    raw = recipe.model_dump(mode="json")
+    for key, value in values.items():
+        *path, last = key.split(".")
+        table = raw
+        for part in path:
+            table = table[part]
+        table[last] = value
+    return Recipe.model_validate(raw)
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """The words that a literal key takes (for the generated page)."""
+    return get_args(annotation)

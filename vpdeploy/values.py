@@ -1,0 +1,276 @@
+"""The nouns of the road: plain, frozen values that one stage hands to the next. Nothing here imports torch at run time.
+
+Tensors appear only in ``Dense``, ``Found`` and ``Tuned``; everything else is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Side = Literal["out", "in", "both"]
+Status = Literal["exact", "approximate", "excluded"]
+Interval = tuple[float, float]
+
+
+# --- channels -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """One module's share in a group: which of its indices belong to which channel of the group.
+
+    ``side`` is "out" for a writer, "in" for a reader, "both" for what passes channels through (norms, depthwise
+    convolutions, bare parameters). ``indices[i]`` of the module's axis belongs to channel ``channels[i]`` of the group:
+    a flattened map gives one channel many indices, a concatenation an offset.
+    """
+
+    module: str
+    side: Side
+    indices: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that must be kept or removed together. ``width`` counts them; ``root`` names a writer of the group."""
+
+    root: str
+    width: int
+    members: tuple[Member, ...]
+    status: Status = "exact"
+    reason: str = ""
+    difference: float | None = None  # relative difference of masked and removed, as probed
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """All groups of a network, in the order of its writers."""
+
+    groups: tuple[ChannelGroup, ...]
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for group in self.groups if group.status != "excluded")
+
+
+@dataclass(frozen=True)
+class ChannelMask:
+    """What stays. ``keep[root][channel]`` is True for a kept channel; groups that are absent are kept whole."""
+
+    keep: Mapping[str, tuple[bool, ...]]
+
+    def widths(self) -> dict[str, int]:
+        return {root: sum(keep) for root, keep in self.keep.items()}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A mask and how near it came to what was asked. Ratios are what remains, at most 1."""
+
+    mask: ChannelMask
+    budget: str  # channel_ratio | macs_ratio | params_ratio
+    requested: float
+    reached: float
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """All cuts of a network as data: enough to rebuild the pruned network from the dense one's weights.
+
+    ``fits`` is the name and shape of every tensor of the dense network; ``kept[tensor][axis]`` the original indices
+    that stay; ``attributes[module]`` the integers that describe the new widths; ``replacements`` the modules that must
+    be exchanged first (module name -> name of an exact replacement in ``vpdeploy.models``).
+    """
+
+    fits: Mapping[str, tuple[int, ...]]
+    kept: Mapping[str, Mapping[int, tuple[int, ...]]]
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]]
+    widths: Mapping[str, tuple[int, int]]  # group root -> (dense, kept)
+    replacements: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Stage 0's network, from which every arm starts. ``label_map[i]`` is the source class of target class i, or None."""
+
+    backbone: torch.nn.Module
+    label_map: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stage 1 learned on frozen weights.
+
+    ``scores[root]``: [g] float32; ``prompt``: the prompt module's state (empty without one); ``norm_statistics``: the
+    dense network's buffers after the search, by name.
+    """
+
+    scores: Mapping[str, torch.Tensor]
+    prompt: Mapping[str, torch.Tensor]
+    norm_statistics: Mapping[str, torch.Tensor]
+    label_map: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One arm after stage 2: backbone and prompt state (empty when the arm ships none)."""
+
+    backbone: torch.nn.Module
+    prompt: Mapping[str, torch.Tensor]
+    label_map: tuple[int, ...] | None = None
+
+
+# --- proofs and measurements ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of torch and ONNX Runtime for one file. ``relative_error`` is the largest max|a-b| / max|a|."""
+
+    form: str
+    images: int
+    batches: tuple[int, ...]
+    relative_error: float
+    top1_agreement: float
+    logit_spread: float
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """One group as the certificate and the report tell it."""
+
+    root: str
+    width: int
+    kept: int
+    status: Status
+    reason: str
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved of a cut: groups with status and reason, requested and reached, and the agreements measured.
+
+    ``masked_vs_pruned`` is the largest relative difference of the logits on the real network with real images, in
+    float64; ``torch_vs_onnx`` one Parity for each exported form.
+    """
+
+    masked_vs_pruned: float
+    images: int
+    budget: str
+    requested: float
+    reached: float
+    groups: tuple[GroupRecord, ...]
+    torch_vs_onnx: tuple[Parity, ...] = ()
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One distribution of run times of one exported file, interleaved with the other arms of the same run."""
+
+    engine: str
+    form: str
+    threads: int
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    samples_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak resident set (VmHWM) of a fresh process that runs one file, and its value before the session was made."""
+
+    form: str
+    threads: int
+    batch: int
+    peak_rss_mib: float
+    before_rss_mib: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm, measured on the files that ship. Accuracies are fractions; intervals are at 95 %."""
+
+    accuracy_top1: float
+    accuracy_top1_interval: Interval
+    accuracy_top1_torch: float
+    n: int
+    macs: int
+    macs_uncounted: Mapping[str, int]  # operation -> how often it occurs without a count
+    macs_preprocessing: int
+    params: int
+    file_bytes: Mapping[str, int]  # form -> bytes
+    latency: tuple[Latency, ...]
+    memory: tuple[Memory, ...]
+
+
+@dataclass(frozen=True)
+class LatencyFactor:
+    """Dense p50 over this arm's p50, with a bootstrap interval at 95 %."""
+
+    engine: str
+    form: str
+    threads: int
+    batch: int
+    factor: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Dense over this arm: above 1 is better."""
+
+    macs: float
+    params: float
+    file_bytes: Mapping[str, float]
+    latency_p50: tuple[LatencyFactor, ...]
+
+
+@dataclass(frozen=True)
+class AccuracyDifference:
+    """This arm minus dense on the same test images, paired; ``changed`` is the share of changed predictions."""
+
+    difference: float
+    interval: Interval
+    changed: float
+    n: int
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch as ``history.jsonl`` holds it. ``stage`` is "fit", "search:ARM" or "tune:ARM"."""
+
+    stage: str
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy_val: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything ``report.json`` holds, and all that the pages are drawn from."""
+
+    title: str
+    arms: Mapping[str, Measurement]  # the first is the baseline, "dense"
+    factors: Mapping[str, Factors]  # every other arm
+    accuracy_difference: Mapping[str, AccuracyDifference]
+    certificates: Mapping[str, Certificate]  # every pruned arm
+    history: tuple[EpochRecord, ...]
+    skipped_images: tuple[str, ...]
+    recipe: str  # the resolved recipe, TOML
+    command: str
+    environment: Mapping[str, Any]
+    schema: int = 1
