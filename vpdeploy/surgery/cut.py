@@ -1,0 +1,58 @@
+"""Act on a plan: a smaller network from the dense one, by selection alone. No tracing, no torch-pruning."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.errors import SurgeryError
+from vpdeploy.models.gather import ChannelGather
+from vpdeploy.surgery.plan import tensor_shapes, tensors
+from vpdeploy.values import PrunePlan
+
+
+def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A new network with only what ``plan`` keeps; ``backbone`` is unchanged. Replaying a stored plan gives the same bits.
+
+    Raises: SurgeryError listing where names or shapes differ from those the plan was made for.
+    """
+    _check_fit(backbone, plan)
+    pruned = copy.deepcopy(backbone)
+    originals = tensors(pruned)
+    for name, axes in plan.kept.items():
+        tensor = originals[name]
+        for axis, indices in axes.items():
+            tensor = tensor.detach().index_select(axis, torch.tensor(indices, device=tensor.device))
+        _set(pruned, name, tensor, like=originals[name])
+    for name, values in plan.attributes.items():
+        module = pruned.get_submodule(name)
+        for key, value in values.items():
+            setattr(module, key, value)
+    for module in pruned.modules():
+        if isinstance(module, ChannelGather):
+            module.reindex()
+    return pruned
+
+
+def _check_fit(backbone: nn.Module, plan: PrunePlan) -> None:
+    have, want = tensor_shapes(backbone), plan.fits
+    wrong = [f"{name} is missing" for name in want if name not in have]
+    wrong += [f"{name} is not in the plan" for name in have if name not in want]
+    wrong += [f"{n} is {have[n]}, planned for {tuple(want[n])}" for n in want if n in have and have[n] != tuple(want[n])]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise SurgeryError(
+            f"the plan does not fit network {type(backbone).__name__}: {'; '.join(wrong[:5])}{more}; "
+            "use the network that the plan was made from"
+        )
+
+
+def _set(network: nn.Module, name: str, tensor: Tensor, *, like: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = network.get_submodule(path)
+    if isinstance(like, nn.Parameter):
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))
+    else:
+        setattr(owner, leaf, tensor)  # a registered buffer stays one

@@ -1,0 +1,155 @@
+"""Is removal exact? Every group is probed before it may be pruned; no list of layer types decides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.errors import SurgeryError
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.gates import Gated, mask_row
+from vpdeploy.surgery.groups import example_input
+from vpdeploy.surgery.plan import plan
+from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
+
+EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
+CONTROL = 1e-3  # gating must change the logits by this much, relative, or the probe saw nothing
+SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every probe shares: a redrawn float64 network, an input for it, its output, and the network as it came."""
+
+    backbone: nn.Module
+    redrawn: nn.Module
+    x: Tensor
+    full: Tensor
+
+
+def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> ChannelGroups:
+    """Decide for every group whether removal equals masking. ``backbone`` is unchanged.
+
+    On a float64 copy in eval mode with every parameter and statistic redrawn (a last BatchNorm scale of 0 would pass
+    anything), at the smallest input that the network takes: a random half of every group is gated, the same half removed;
+    the logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards, bisected on
+    disagreement; a group that alone disagrees is excluded with the difference.
+
+    Raises: SurgeryError when no input up to ``canvas_size`` runs.
+    """
+    bench = _bench(backbone, canvas_size)
+    candidates = [group for group in groups.groups if group.status != "excluded"]
+    verdicts = {group.root: group for group in _judge(bench, candidates)}
+    accepted = [group for group in verdicts.values() if group.status == "exact"]
+    if len(accepted) < len(candidates) and accepted:
+        together = _verdict(bench, accepted)
+        if together.status != "exact":  # exact alone, not together: nothing can be promised
+            verdicts |= {g.root: replace(g, status="excluded", reason=f"together with others {together.reason}") for g in accepted}
+    return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
+
+
+def _judge(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    if not groups:
+        return []
+    verdict = _verdict(bench, groups)
+    if verdict.status == "exact" or len(groups) == 1:
+        return [
+            replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
+            for group in groups
+        ]
+    half = len(groups) // 2
+    return _judge(bench, groups[:half]) + _judge(bench, groups[half:])
+
+
+def _verdict(bench: _Bench, groups: Sequence[ChannelGroup]) -> ChannelGroup:
+    """One verdict for all ``groups`` together, on the first of them."""
+    narrow = next((group for group in groups if group.width < 2), None)
+    if narrow is not None:
+        return replace(groups[0], status="excluded", reason="it is one channel wide")
+    mask = _random_half(groups)
+    row = mask_row(groups, mask, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            masked = Gated(copy.deepcopy(bench.redrawn), groups)(bench.x, row)
+            small = cut(bench.redrawn, plan(bench.backbone, groups, mask, example=bench.x.float()))
+            removed = small(bench.x)
+    except Exception as e:  # torch-pruning, or a forward that does not take the new widths
+        reason = f"removing its channels fails: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        return replace(groups[0], status="excluded", reason=reason)
+    difference, control = relative_difference(masked, removed), relative_difference(bench.full, masked)
+    if not difference <= EXACT:
+        reason = f"masked and removed differ by {difference:.2g} of the largest logit"
+        return replace(groups[0], status="excluded", reason=reason, difference=difference)
+    if not control >= CONTROL:
+        reason = f"not probed: masking it changes the logits by only {control:.2g}"
+        return replace(groups[0], status="excluded", reason=reason, difference=difference)
+    return replace(groups[0], status="exact", reason="", difference=difference)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """max|a - b| / max|a|; infinite when shapes differ or anything is not finite."""
+    if a.shape != b.shape or not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
+        return float("inf")
+    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _random_half(groups: Sequence[ChannelGroup]) -> ChannelMask:
+    generator = torch.Generator().manual_seed(0)
+    keep: dict[str, tuple[bool, ...]] = {}
+    for group in groups:
+        order = torch.randperm(group.width, generator=generator).tolist()
+        gone = set(order[: group.width // 2])
+        keep[group.root] = tuple(channel not in gone for channel in range(group.width))
+    return ChannelMask(keep)
+
+
+def _bench(backbone: nn.Module, canvas_size: int) -> _Bench:
+    redrawn = redraw(copy.deepcopy(backbone).cpu().double().eval())
+    failure: Exception | None = None
+    for side in [*(s for s in SIDES if s < canvas_size), canvas_size]:
+        x = example_input(side, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                full = redrawn(x)
+        except Exception as e:  # too small for this network: try the next size
+            failure = e
+            continue
+        return _Bench(backbone, redrawn, x, full)
+    raise SurgeryError(
+        f"network {type(backbone).__name__}: its forward fails in float64 at every size up to {canvas_size}: {failure}"
+    ) from failure
+
+
+def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
+    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in network.parameters():
+        fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
+        scale = fan_in**-0.5 * (2**0.5 if tensor.ndim > 1 else 0.5)
+        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * scale
+        if tensor.ndim <= 1:
+            tensor.data += 0.5  # scales stay away from 0, shifts from symmetry
+    for name, tensor in network.named_buffers():
+        if tensor.is_floating_point():
+            drawn = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            tensor.data = drawn + 0.5 if name.endswith("running_var") else drawn - 0.5
+    return network
+
+
+def masked_vs_pruned(
+    backbone: nn.Module, pruned: nn.Module, groups: Sequence[ChannelGroup], mask: ChannelMask, *, canvas: Tensor
+) -> float:
+    """Largest relative difference of the logits, masked against removed, on the real network in float64.
+
+    canvas: what the backbone sees, [n, 3, C, C]. This number goes into the certificate.
+    """
+    x = canvas.detach().cpu().double()
+    masked_network = Gated(copy.deepcopy(backbone).cpu().double().eval(), groups)
+    small = copy.deepcopy(pruned).cpu().double().eval()
+    with torch.no_grad():
+        masked = masked_network(x, mask_row(groups, mask, dtype=torch.float64))
+        return relative_difference(masked, small(x))
