@@ -1,0 +1,122 @@
+"""Exported files run, measured and in a process of their own; broken ones give a message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from vpdeploy.errors import VpdeployError
+from vpdeploy.measure import memory
+from vpdeploy.measure.accuracy import predictions_of_file
+from vpdeploy.measure.engine import engine_versions, open_session, random_images
+from vpdeploy.measure.environment import environment
+from vpdeploy.measure.latency import measure_latency
+from vpdeploy.measure.memory import measure_memory
+
+
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory) -> Path:
+    """Logits are the mean of each colour: float [n, 3, h, w] -> [n, 3]."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["image", "axes"], ["logits"], keepdims=0)],
+        "colour",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(np.array([2, 3], np.int64), "axes")],
+    )
+    path = tmp_path_factory.mktemp("models") / "colour.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def test_predictions_go_where_the_batches_say(colour_model):
+    colours = np.array([2, 0, 1, 1, 0])
+    images = np.zeros((5, 3, 4, 4), np.float32)
+    images[np.arange(5), colours] = 1
+    batches = [(images[[3, 0]], colours[[3, 0]], np.array([3, 0])), (images[[1, 2, 4]], None, np.array([1, 2, 4]))]
+    predictions = predictions_of_file(colour_model, "float", batches, n=5, threads=1)
+    assert predictions.dtype == np.int64
+    assert predictions.tolist() == colours.tolist()
+
+
+def test_an_image_that_no_batch_brought_is_noticed(colour_model):
+    batch = (np.zeros((1, 3, 2, 2), np.float32), np.zeros(1), np.array([0]))
+    with pytest.raises(AssertionError, match="1 of 2 positions came in no batch"):
+        predictions_of_file(colour_model, "float", [batch], n=2, threads=1)
+
+
+def test_random_images_are_what_the_form_takes():
+    whole = random_images("uint8", (5, 7, 3), batch=2, seed=1)
+    assert (whole.dtype, whole.shape) == (np.uint8, (2, 5, 7, 3))
+    ready = random_images("float", (3, 5, 5), batch=2, seed=1)
+    assert (ready.dtype, ready.shape) == (np.float32, (2, 3, 5, 5))
+    assert 0 <= ready.min() < ready.max() < 1
+    assert np.array_equal(ready, random_images("float", (3, 5, 5), batch=2, seed=1))
+
+
+def test_every_arm_is_measured_in_the_same_rounds(colour_model):
+    files = {"dense": colour_model, "pruned": colour_model}
+    measured = measure_latency(files, form="float", image_shape=(3, 8, 8), batch=2, threads=1, seconds=0.001, seed=0)
+    assert list(measured) == ["dense", "pruned"]
+    assert len(measured["dense"].samples_ms) == len(measured["pruned"].samples_ms) >= 20
+    row = measured["dense"]
+    assert (row.engine, row.form, row.threads, row.batch) == ("onnxruntime-cpu", "float", 1, 2)
+    assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
+
+
+def test_sessions_do_not_spin(colour_model):
+    options = open_session(colour_model, threads=2).get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    assert engine_versions()["spinning"] is False
+
+
+def test_a_missing_file_says_what_to_run(tmp_path):
+    with pytest.raises(VpdeployError, match=r"pruned\.onnx: no such file.*run `vpdeploy export` first"):
+        open_session(tmp_path / "pruned.onnx", threads=1)
+
+
+def test_a_damaged_file_says_what_to_run(tmp_path):
+    path = tmp_path / "pruned.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(VpdeployError, match=r"pruned\.onnx: ONNX Runtime .* cannot open it.*`vpdeploy export` again"):
+        open_session(path, threads=1)
+
+
+def test_the_memory_process_names_its_failure(tmp_path):
+    with pytest.raises(VpdeployError, match=r"gone\.onnx: the process that measures memory ended with status 1"):
+        measure_memory(tmp_path / "gone.onnx", form="float", image_shape=(3, 8, 8), batch=1, threads=1)
+
+
+def test_peak_memory_is_the_childs_own(colour_model):
+    if not memory.STATUS.is_file():
+        pytest.skip("this machine has no /proc/self/status, from which VmHWM is read")
+    ballast = np.ones(300 * 2**20, np.uint8)  # the parent's peak, which ru_maxrss would hand down
+    measured = measure_memory(colour_model, form="float", image_shape=(3, 256, 256), batch=8, threads=1)
+    assert measured is not None
+    assert ballast.nbytes / 2**20 > measured.peak_rss_mib > measured.before_rss_mib > 5
+    assert (measured.form, measured.batch, measured.threads) == ("float", 8, 1)
+
+
+def test_without_proc_there_is_no_memory_figure(colour_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert measure_memory(colour_model, form="float", image_shape=(3, 8, 8), batch=1, threads=1) is None
+
+
+def test_the_environment_is_plain_names_no_one_and_imports_no_torch():
+    code = (
+        "import json, sys; from vpdeploy.measure.environment import environment; read = environment();"
+        "print(json.dumps([read, 'torch' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    read, torch_imported = json.loads(done.stdout)
+    assert not torch_imported
+    assert read["packages"]["torch"][0].isdigit()
+    assert read["machine"]["cores_logical"] >= 1
+    assert read.keys() == environment().keys()
+    assert str(Path.home()) not in done.stdout

@@ -1,0 +1,130 @@
+"""Arms are interleaved, warm-up settles, percentiles recompute from the samples. No test looks at a real clock."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vpdeploy.measure.factors import factors, latency_factor
+from vpdeploy.measure.latency import summarise, time_rounds, warm_up
+from vpdeploy.values import Measurement
+
+
+class FakeClock:
+    """Nanoseconds that pass only when a run says so."""
+
+    def __init__(self):
+        self.now = 0
+        self.log: list[str] = []
+
+    def __call__(self) -> int:
+        return self.now
+
+    def run(self, name: str, milliseconds: float):
+        def call():
+            self.log.append(name)
+            self.now += int(milliseconds * 1e6)
+
+        return call
+
+
+def test_every_round_runs_every_arm_once_and_the_first_moves_on():
+    clock = FakeClock()
+    runs = {"dense": clock.run("d", 2), "pruned": clock.run("p", 1), "other": clock.run("o", 1)}
+    samples = time_rounds(runs, seconds=0.0, clock=clock)
+    assert "".join(clock.log) == ("dpo" + "pod" + "odp") * 6 + "dpo" + "pod"  # the least: 20 rounds
+    assert {arm: times.tolist() for arm, times in samples.items()} == {
+        "dense": [2.0] * 20,
+        "pruned": [1.0] * 20,
+        "other": [1.0] * 20,
+    }
+
+
+def test_rounds_go_on_until_the_fastest_arm_has_had_its_seconds():
+    clock = FakeClock()
+    samples = time_rounds({"dense": clock.run("d", 50), "pruned": clock.run("p", 10)}, seconds=1.0, clock=clock)
+    assert len(samples["dense"]) == len(samples["pruned"]) == 100
+
+
+def test_at_most_2000_rounds_are_kept_and_the_same_ones_of_every_arm():
+    clock, rounds = FakeClock(), iter(range(10**6))
+
+    def rising():
+        clock.now += 1_000_000 + next(rounds)
+
+    steps: list[int] = []
+
+    def following():
+        steps.append(len(steps))
+        clock.now += 1_000_000 + steps[-1]
+
+    samples = time_rounds({"dense": rising, "pruned": following}, seconds=5.0, clock=clock)
+    assert len(samples["dense"]) == 2000
+    assert np.array_equal(samples["dense"], samples["pruned"])
+    assert (np.diff(samples["dense"]) > 0).all()  # in round order, spread over the whole run
+    assert samples["dense"][-1] == pytest.approx(1 + (len(steps) - 1) / 1e6)
+
+
+def test_warm_up_stops_when_two_windows_agree():
+    clock = FakeClock()
+    # The first window of 0.2 s starts slowly, the next ones are steady.
+    runs = iter([100.0] * 2 + [10.0] * 1000)
+
+    def run():
+        clock.now += int(next(runs) * 1e6)
+
+    assert warm_up(run, clock=clock) == 5 + 20 + 20
+    assert clock.now < 2e9
+
+
+def test_warm_up_gives_up_after_two_seconds():
+    clock, durations = FakeClock(), iter(1.5**i for i in range(100))
+
+    def run():
+        clock.now += int(next(durations) * 1e6)
+
+    warm_up(run, clock=clock)
+    assert clock.now >= 2e9
+
+
+def _latency(samples):
+    return summarise(np.asarray(samples), form="float", threads=1, batch=1)
+
+
+def test_percentiles_are_those_of_the_samples_kept():
+    latency = _latency(np.arange(1, 102, dtype=float))
+    assert (latency.p50_ms, latency.p90_ms, latency.p99_ms) == (51.0, 91.0, 100.0)
+    assert latency.samples_ms == tuple(float(i) for i in range(1, 102))
+
+
+def _measurement(latency):
+    return Measurement(
+        accuracy_top1=0.9,
+        accuracy_top1_interval=(0.8, 1.0),
+        accuracy_top1_torch=0.9,
+        n=10,
+        macs=1000,
+        macs_uncounted={},
+        macs_preprocessing=0,
+        params=100,
+        file_bytes={"float": 4000, "uint8": 6000},
+        latency=latency,
+        memory=(),
+    )
+
+
+def test_factors_are_dense_over_arm_and_match_by_settings():
+    slow, fast = _latency([4.0, 6.0, 4.2]), _latency([2.0, 3.0, 2.1])
+    dense = _measurement((slow, replace(slow, batch=8)))
+    arm = replace(_measurement((replace(fast, threads=2), fast)), macs=400, params=50, file_bytes={"float": 1000})
+    found = factors(dense, arm, seed=0)
+    assert (found.macs, found.params, found.file_bytes) == (2.5, 2.0, {"float": 4.0})
+    (row,) = found.latency_p50  # batch 8 and 2 threads have no counterpart
+    assert (row.threads, row.batch, row.factor) == (1, 1, slow.p50_ms / fast.p50_ms)
+    assert row.interval[0] <= row.factor <= row.interval[1]
+
+
+def test_latencies_of_different_settings_are_never_compared():
+    latency = _latency([1.0])
+    with pytest.raises(AssertionError):
+        latency_factor(latency, replace(latency, batch=8), seed=0)

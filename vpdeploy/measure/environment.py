@@ -1,0 +1,66 @@
+"""The machine and the versions that a number depends on. No host name, no user name, no paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("vpdeploy", "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "fvcore", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Plain values for report.json. Reads package metadata and imports none of the packages."""
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores_logical": psutil.cpu_count(logical=True),
+            "cores_physical": psutil.cpu_count(logical=False),
+            "cores_usable": _usable_cores(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": _gpu(),
+            "os": _operating_system(),
+        },
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def _operating_system() -> str:
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = platform.system()
+    return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def _gpu() -> str | None:
+    """The GPU's name if torch is loaded already: naming it is not worth the seconds of an import."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
