@@ -1,0 +1,223 @@
+"""Every value to and from disk. Each file is written whole under a temporary name and renamed, so that a crash at any
+moment leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+
+from vpdeploy.errors import RunFolderError
+from vpdeploy.values import EpochRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+SCHEMA = 1
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step.
+
+    Raises: RunFolderError when the disk is full or the folder cannot be written; whatever was at ``path`` is still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as e:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise _explained(path, e) from e
+
+
+def _explained(path: Path, error: OSError) -> RunFolderError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFolderError(
+            f"{path}: the disk is full; nothing that was there is lost. Free some space and run the same command again"
+        )
+    return RunFolderError(
+        f"{path}: cannot be written: {error.strerror or error}; choose another folder with -o, or change its permissions"
+    )
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises: RunFolderError when there is no such file, naming the command that makes it."""
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise RunFolderError(
+            f"{path}: cannot be read: {e.strerror or e}; run `vpdeploy run` on this run's recipe to make it again"
+        ) from e
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def dump(value: object) -> bytes:
+    """A noun of ``vpdeploy.values`` as JSON with a ``schema``."""
+    plain = TypeAdapter(type(value)).dump_python(value, mode="json")
+    return json.dumps({"schema": SCHEMA, **plain}, indent=1, allow_nan=False).encode()
+
+
+def load(kind: type[T], content: bytes, *, where: str) -> T:
+    """The value that ``dump`` wrote. ``load(type(x), dump(x)) == x``.
+
+    Raises: RunFolderError when the content is damaged or was written by another version.
+    """
+    try:
+        plain = json.loads(content)
+        schema = plain.pop("schema", None)
+        if schema != SCHEMA:
+            raise RunFolderError(f"{where}: got schema {schema}; expected {SCHEMA}: it was written by another version")
+        return TypeAdapter(kind).validate_python(plain)
+    except (ValueError, AttributeError, ValidationError) as e:
+        raise RunFolderError(f"{where}: damaged: {str(e).splitlines()[0]}; remove it and run the same command again") from e
+
+
+def write_value(path: Path, value: object) -> None:
+    write_bytes(path, dump(value))
+
+
+def read_value(path: Path, kind: type[T]) -> T:
+    return load(kind, read_bytes(path), where=str(path))
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, Any] | None = None) -> None:
+    """Tensors by name as safetensors; ``about`` is plain data kept beside them."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata={"about": json.dumps(about or {})}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``write_tensors`` wrote: tensors and ``about``.
+
+    Raises: RunFolderError when the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load as load_tensors
+
+    content = read_bytes(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+        return load_tensors(content), about
+    except (SafetensorError, ValueError) as e:
+        raise RunFolderError(f"{path}: damaged: {e}; remove it and run the same command again") from e
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where one training stage leaves its state after every epoch, and finds it again after a crash."""
+
+    stage: str
+    key: str  # of the recipe tables and files that the stage depends on: another key's state is not resumed
+    state_file: Path
+    history_file: Path
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state after the last finished epoch, or None."""
+        import torch
+
+        if not self.state_file.exists():
+            return None
+        try:
+            state = torch.load(BytesIO(read_bytes(self.state_file)), weights_only=True, map_location="cpu")
+        except Exception as e:  # whatever a damaged archive raises
+            raise RunFolderError(f"{self.state_file}: damaged: {e}; remove it to start the stage again") from e
+        return state if state.get("key") == self.key else None
+
+    def save(self, state: Mapping[str, Any], record: EpochRecord) -> None:
+        import torch
+
+        append_history(self.history_file, record)
+        buffer = BytesIO()
+        torch.save({**state, "key": self.key}, buffer)
+        write_bytes(self.state_file, buffer.getvalue())
+
+    def close(self) -> None:
+        """The stage's result is on disk: its state is no longer needed."""
+        self.state_file.unlink(missing_ok=True)
+
+
+def append_history(path: Path, record: EpochRecord) -> None:
+    """Add one epoch. An epoch that a crash made run twice stands there twice; ``read_history`` takes the last."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"schema": SCHEMA, **asdict(record)}) + "\n")
+    except OSError as e:
+        raise _explained(path, e) from e
+
+
+def read_history(path: Path) -> tuple[EpochRecord, ...]:
+    """Every epoch of every stage once, in the order of the stages. A last line cut off by a crash is left out."""
+    if not path.exists():
+        return ()
+    records: dict[tuple[str, int], EpochRecord] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = load(EpochRecord, line.encode(), where=str(path))
+        except RunFolderError:  # only a write that was cut off can be unreadable, and its epoch is run again
+            continue
+        records.pop((record.stage, record.epoch), None)
+        records[record.stage, record.epoch] = record
+    return tuple(records.values())
+
+
+def drop_history(path: Path, stage: str) -> None:
+    """Forget a stage's epochs before it is trained anew."""
+    kept = [record for record in read_history(path) if record.stage != stage]
+    lines = [json.dumps({"schema": SCHEMA, **asdict(record)}) for record in kept]
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process alone.
+
+    Raises: RunFolderError when another process holds it, or it cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as e:
+        raise RunFolderError(
+            f"{run}: another vpdeploy process works on this run; wait for it, or choose another folder with -o"
+        ) from e
+    except OSError as e:
+        raise _explained(run, e) from e
+    try:
+        yield
+    finally:
+        lock.release()

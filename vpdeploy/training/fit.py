@@ -1,0 +1,75 @@
+"""Stage 0: one dense network from which every arm starts."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from vpdeploy.data.prepared import batches
+from vpdeploy.models.classifier import class_count
+from vpdeploy.progress import Display
+from vpdeploy.prompts.label_map import count_pairs, frequency_map
+from vpdeploy.recipe import Recipe
+from vpdeploy.run_folder import Journal
+from vpdeploy.training.evaluate import EVALUATION_BATCH
+from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, to_pixels
+from vpdeploy.training.weights import WeightSchedule, freeze_all_but, train_weights
+from vpdeploy.values import Dense
+
+
+def fit(
+    backbone: nn.Module, data: TrainingData, *, recipe: Recipe, classifier: str, compute: Compute, journal: Journal, display: Display
+) -> Dense:
+    """Train all of ``backbone``, its head, or nothing, as the recipe's ``fit.what`` (resolved) says; it is unchanged.
+
+    With ``model.head`` "flm" or "ilm" the label map of the unprompted network comes with it.
+    """
+    table = recipe.fit
+    network = Prompted(build_canvas(recipe, prompted=False), copy.deepcopy(backbone), compute)
+    if recipe.model.head in ("flm", "ilm"):
+        network.map_labels(map_by_frequency(network, data, classifier=classifier))
+    if table.what != "none":
+        network.backbone.requires_grad_(True)
+        if table.what == "head":
+            freeze_all_but(network.backbone, network.backbone.get_submodule(classifier))
+        schedule = WeightSchedule(
+            streams="fit",
+            seed=recipe.seed,
+            epochs=table.epochs,
+            batch_size=table.batch_size,
+            optimizer="sgd",
+            weight_lr=table.weight_lr,
+            prompt_lr=0.0,
+            weight_decay=table.weight_decay,
+            label_smoothing=table.label_smoothing,
+            augment=recipe.data.augment,
+        )
+        train_weights(network, data, schedule=schedule, journal=journal, display=display)
+    return Dense(at_rest(network.backbone), label_map_of(network))
+
+
+def at_rest(backbone: nn.Module) -> nn.Module:
+    """The backbone as every stage hands it on: on the CPU, float32, plain layout, eval mode, all of it trainable."""
+    return backbone.to("cpu", memory_format=torch.contiguous_format).eval().requires_grad_(True)  # type: ignore[call-overload]
+
+
+def label_map_of(network: Prompted) -> tuple[int, ...] | None:
+    return None if network.label_map is None else tuple(int(i) for i in network.label_map)
+
+
+def map_by_frequency(network: Prompted, data: TrainingData, *, classifier: str, values: tuple[torch.Tensor, ...] = ()) -> tuple[int, ...]:
+    """The frequency label map of ``network`` as it is, over the training images without augmentation."""
+    # A gated network keeps its backbone one level down; the classifier's outputs are never cut, so either count is right.
+    inner = getattr(network.backbone, "backbone", network.backbone)
+    sources, targets = class_count(inner, classifier), int(data.train.labels.max()) + 1
+    was_training = network.training
+    network.eval()
+    counts = torch.zeros(sources, targets, dtype=torch.int64)
+    with torch.no_grad():
+        for pixels, labels in batches(data.train, torch.arange(len(data.train)), EVALUATION_BATCH):
+            source = network.source_logits(to_pixels(pixels, network.compute.device), *values)
+            counts += count_pairs(source.argmax(dim=1).cpu(), labels, sources=sources, targets=targets)
+    network.train(was_training)
+    return frequency_map(counts)

@@ -1,0 +1,99 @@
+"""The network that trains: canvas and prompt in float32, the backbone under autocast, logits in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.data.prepared import Images
+from vpdeploy.prompts.canvas import Canvas
+from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
+from vpdeploy.recipe import Recipe
+from vpdeploy.training.streams import derive, stream
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What training may see: never the test split."""
+
+    train: Images
+    val: Images
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a backbone trains."""
+
+    device: torch.device
+    bf16: bool
+    channels_last: bool
+
+
+class Prompted(nn.Module):
+    """images: float32 [n, 3, s, s] in [0, 1] -> logits float32 [n, k].
+
+    ``backbone`` takes the canvas, and whatever else the call hands on (gate values).
+    """
+
+    def __init__(self, canvas: Canvas, backbone: nn.Module, compute: Compute, *, label_map: Sequence[int] | None = None):
+        super().__init__()
+        self.canvas = canvas
+        self.backbone = backbone
+        self.compute = compute
+        self.register_buffer("label_map", None, persistent=False)
+        self.map_labels(label_map)
+        self.to(compute.device)
+        if compute.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def map_labels(self, label_map: Sequence[int] | None) -> None:
+        self.label_map = None if label_map is None else torch.tensor(label_map, device=self.compute.device)
+
+    def forward(self, images: Tensor, *values: Tensor, prompted: bool = True) -> Tensor:
+        source = self.source_logits(images, *values, prompted=prompted)
+        return source if self.label_map is None else source[:, self.label_map]
+
+    def source_logits(self, images: Tensor, *values: Tensor, prompted: bool = True) -> Tensor:
+        """Before the label map: [n, source classes]."""
+        x = self.canvas.normalise(self.canvas.place(images, prompted=prompted))
+        if self.compute.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        fast = self.compute.bf16 and self.training  # evaluation is float32
+        with torch.autocast(self.compute.device.type, dtype=torch.bfloat16, enabled=fast):
+            out = self.backbone(x, *values)
+        return out.float()
+
+
+def build_canvas(recipe: Recipe, *, prompted: bool) -> Canvas:
+    """The recipe's canvas, its prompt at zero or absent."""
+    table, pixels = recipe.input, recipe.prompt.pixels
+    kind = pixels.kind if prompted else "none"
+    seed = derive(recipe.seed, "prompt") % 2**31
+    prompt = build_prompt(kind, canvas_size=table.canvas, size=pixels.size, seed=seed)
+    return Canvas(table.image_size, table.canvas, mean=table.mean, std=table.std, prompt=prompt)
+
+
+def prompt_state(canvas: Canvas) -> dict[str, Tensor]:
+    """What of the canvas was learned; empty without a prompt."""
+    return {} if canvas.prompt is None else {k: v.detach().cpu().clone() for k, v in canvas.prompt.state_dict().items()}
+
+
+def restart_prompt(canvas: Canvas, *, seed: int, stage: str, epoch: int) -> None:
+    """Let a moving prompt draw the places that belong to this epoch, whether or not the run was resumed."""
+    if isinstance(canvas.prompt, RandomPrompt):
+        canvas.prompt.stream = stream(seed, stage, epoch, "prompt")
+
+
+def to_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 [n, 3, s, s] -> float32 in [0, 1] on ``device``."""
+    return images.to(device, non_blocking=True).to(torch.float32).div_(255)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, *, peaks: Iterable[float], done: float) -> None:
+    """Cosine decay from each parameter group's peak to 0; ``done`` is the share of all steps taken."""
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * done))

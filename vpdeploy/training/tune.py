@@ -1,0 +1,52 @@
+"""Stage 2: weights and prompt of the network that ships. Every arm takes this road with the same schedule and streams."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from vpdeploy.progress import Display
+from vpdeploy.recipe import Recipe
+from vpdeploy.run_folder import Journal
+from vpdeploy.training.fit import at_rest
+from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
+from vpdeploy.training.weights import WeightSchedule, train_weights
+from vpdeploy.values import Tuned
+
+
+def tune(
+    backbone: nn.Module,
+    data: TrainingData,
+    *,
+    prompt: Mapping[str, Tensor] | None,
+    label_map: Sequence[int] | None,
+    recipe: Recipe,
+    compute: Compute,
+    journal: Journal,
+    display: Display,
+) -> Tuned:
+    """Train a copy of ``backbone``, already cut. prompt: its state to start from, empty to start from zero, None for none.
+
+    Raises: VpdeployError when the loss is not finite.
+    """
+    table = recipe.tune
+    canvas = build_canvas(recipe, prompted=prompt is not None)
+    if prompt and canvas.prompt is not None:
+        canvas.prompt.load_state_dict(prompt)
+    network = Prompted(canvas, copy.deepcopy(backbone).requires_grad_(True), compute, label_map=label_map)
+    schedule = WeightSchedule(
+        streams="tune",
+        seed=recipe.seed,
+        epochs=table.epochs,
+        batch_size=table.batch_size,
+        optimizer=table.optimizer,
+        weight_lr=table.weight_lr,
+        prompt_lr=table.prompt_lr,
+        weight_decay=table.weight_decay,
+        label_smoothing=table.label_smoothing,
+        augment=recipe.data.augment,
+    )
+    train_weights(network, data, schedule=schedule, journal=journal, display=display)
+    return Tuned(at_rest(network.backbone), prompt_state(canvas), None if label_map is None else tuple(label_map))
