@@ -1,0 +1,90 @@
+"""Fold resize, prompt, normalisation and label map into one module that takes what the caller has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.data.resize import resize
+from vpdeploy.models.classifier import take_rows
+from vpdeploy.prompts.canvas import Canvas
+from vpdeploy.prompts.pixels import build_prompt
+from vpdeploy.recipe import PixelsTable, Recipe
+from vpdeploy.values import Tuned
+
+Form = Literal["uint8", "float"]
+FORMS: tuple[Form, ...] = ("uint8", "float")
+
+
+class ConstantPrompt(nn.Module):
+    """A learned prompt as one constant on its canvas, so that the exported graph holds a single addition."""
+
+    canvas: Tensor
+
+    def __init__(self, canvas: Tensor):
+        super().__init__()
+        self.register_buffer("canvas", canvas)
+
+    def forward(self) -> Tensor:
+        """[3, C, C]."""
+        return self.canvas
+
+
+class Deployable(nn.Module):
+    """What ships: image -> logits float32 [n, k].
+
+    image, form "uint8": uint8 [n, h, w, 3], any h and w, 0 to 255; form "float": float32 [n, 3, image_size, image_size]
+    in [0, 1], already resized (for runtimes that have no antialiased resize).
+    """
+
+    def __init__(self, backbone: nn.Module, canvas: Canvas, *, form: Form, image_size: int, resize_how: str):
+        super().__init__()
+        self.backbone = backbone
+        self.canvas = canvas
+        self.form = form
+        self.image_size = image_size
+        self.resize_how = resize_how
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = resize(image, self.image_size, how=self.resize_how) if self.form == "uint8" else image
+        return cast(Tensor, self.backbone(self.canvas(x)))  # [n, 3, s, s] -> [n, 3, C, C] -> [n, k]
+
+
+def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deployable:
+    """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
+
+    Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
+    whose rows a label map selects. With an empty ``tuned.prompt`` nothing is added to the canvas.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")
+    backbone = copy.deepcopy(tuned.backbone)
+    if tuned.label_map is not None:
+        backbone = take_rows(backbone, classifier, tuned.label_map)
+    prompt = _constant_prompt(tuned.prompt, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
+    canvas = Canvas(
+        recipe.input.image_size, recipe.input.canvas, mean=recipe.input.mean, std=recipe.input.std, prompt=prompt
+    )
+    deployable = Deployable(
+        backbone, canvas, form=form, image_size=recipe.input.image_size, resize_how=recipe.input.resize
+    )
+    # Training may have left channels_last weights behind; the file holds them in one order only.
+    deployable = deployable.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    return deployable.eval().requires_grad_(False)
+
+
+def _constant_prompt(
+    state: Mapping[str, Tensor], pixels: PixelsTable, *, canvas_size: int, seed: int
+) -> ConstantPrompt | None:
+    """The prompt of ``state`` at the one place where evaluation sees it; None for an arm that ships none."""
+    if not state:
+        return None
+    prompt = build_prompt(pixels.kind, canvas_size=canvas_size, size=pixels.size, seed=seed)
+    assert prompt is not None, "a prompt was learned, so the recipe names its kind"
+    prompt.load_state_dict(dict(state))
+    with torch.no_grad():
+        return ConstantPrompt(prompt.eval()().detach().clone())

@@ -1,0 +1,105 @@
+"""Writing a Deployable as one ONNX file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from vpdeploy.deploy.bake import Deployable
+from vpdeploy.errors import ModelError
+from vpdeploy.run_folder import write_bytes
+
+LIMIT_BYTES = 2**31 - 2**24  # a protobuf message holds less than 2 GiB; 16 MiB are left for the graph itself
+
+
+def to_onnx(deployable: Deployable, path: Path, *, opset: int, metadata: Mapping[str, str]) -> None:
+    """Write ``deployable`` to ``path``: input "image", output "logits", any batch (and any h and w for form "uint8").
+
+    One file, without a second one for the weights. It appears under its name only when it is complete and checked.
+
+    Raises: ModelError when the network cannot be exported, or not with ``opset`` or a later one, or takes 2 GiB or
+    more; RunFolderError when the file cannot be written.
+    """
+    size = sum(t.numel() * t.element_size() for t in deployable.state_dict().values())
+    if size > LIMIT_BYTES:
+        raise ModelError(
+            f"{path.name}: the weights take {size / 2**30:.2f} GiB; one ONNX file holds less than 2 GiB: "
+            "use a smaller network or a smaller budget"
+        )
+    model = _without_traces(_trace(deployable, path, opset=opset))
+    reached = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if reached < opset:
+        raise ModelError(
+            f"{path.name}: export.opset is {opset}, but the exporter of torch {torch.__version__} got no further than "
+            f"{reached}; set export.opset = {reached}, or install a newer torch and onnxscript"
+        )
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    write_bytes(path, model.SerializeToString())
+
+
+def _trace(deployable: Deployable, path: Path, *, opset: int) -> onnx.ModelProto:
+    """The graph as the dynamo exporter gives it."""
+    s = deployable.image_size
+    if deployable.form == "uint8":
+        # Height and width differ from each other and from image_size, so that nothing is taken for a constant.
+        example = torch.zeros(2, s + 7, s + 11, 3, dtype=torch.uint8)
+        axes = {0: "n", 1: "h", 2: "w"}
+    else:
+        example = torch.zeros(2, 3, s, s)
+        axes = {0: "n"}
+    try:
+        with _silence(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                deployable,
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes={"image": axes},
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as e:
+        raise ModelError(
+            f"{path.name}: torch {torch.__version__} cannot export this network to ONNX ({_reason(e)}); expected a "
+            "forward of tensor operations that fits any batch size: rewrite that part of the model, or exclude it"
+        ) from e
+    return program.model_proto
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without what only the exporter's authors need: every node carries the stack trace of the Python
+    line that made it, with the paths of the machine that exported it, which for a small network is most of the file.
+    """
+    entries = [model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info]
+    for entry in [*entries, *model.graph.initializer, *model.functions]:
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    model.graph.ClearField("value_info")  # shapes that ONNX Runtime infers again at load
+    model.ClearField("metadata_props")
+    return model
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's logging to itself: what fails is raised, and what it tries on the way helps no user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, one line: the exporter's own text is a page of advice about itself."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
