@@ -1,0 +1,235 @@
+"""From a recipe's [model] table to a network ready for stage 0."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from vpdeploy.errors import ModelError
+from vpdeploy.models.architecture import Architecture
+from vpdeploy.models.cifar_resnet import cifar_resnet
+from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
+from vpdeploy.models.torchvision_networks import network_names, published_tensors, torchvision_architecture
+from vpdeploy.models.user_factory import user_architecture
+from vpdeploy.models.weights import fit_names, load_weights, read_tensors
+from vpdeploy.recipe import CHECKPOINT_SUFFIXES, ModelTable
+
+Head = Literal["keep", "replace", "flm", "ilm"]
+
+BUILT_IN = {
+    "cifar_resnet8": partial(cifar_resnet, 8),
+    "cifar_resnet14": partial(cifar_resnet, 14),
+    "cifar_resnet20": partial(cifar_resnet, 20),
+    "cifar_resnet32": partial(cifar_resnet, 32),
+    "cifar_resnet44": partial(cifar_resnet, 44),
+    "cifar_resnet56": partial(cifar_resnet, 56),
+    "cifar_resnet110": partial(cifar_resnet, 110),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network in eval mode, float32, on the CPU, every parameter trainable.
+
+    ``head`` is what the recipe's "auto" came to, ``classifier`` the name of the last layer, ``source_classes`` how many
+    classes it had before a replacement.
+    """
+
+    backbone: nn.Module
+    head: Head
+    classifier: str
+    source_classes: int
+
+
+def build(
+    table: ModelTable, *, classes: int, seed: int, with_weights: bool = True, source_classes: int | None = None
+) -> Built:
+    """The network of ``table`` for data of ``classes`` classes; the same for the same ``seed``, whatever ran before.
+
+    ``with_weights=False`` gives the same architecture without reading the weights, for a network whose tensors come
+    from a run folder; ``table.head`` is then resolved and ``source_classes`` says how many classes a kept head has.
+
+    Raises: ModelError for names, code, checkpoints and class counts that do not fit.
+    """
+    with _seeded(seed):
+        backbone = _source(table, classes=classes, load=with_weights, source_classes=source_classes)
+    classifier = find_classifier(backbone, table.classifier)
+    count = class_count(backbone, classifier)
+    head = _head(table.head, count=count, classes=classes, classifier=classifier)
+    if head == "replace":
+        generator = torch.Generator().manual_seed(seed)
+        backbone = replace_classifier(backbone, classifier, classes, generator=generator)
+    return Built(backbone, head, classifier, count)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Every global random stream that a network's code may draw from starts at ``seed``, and is put back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it would reseed the GPUs, too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _source(table: ModelTable, *, classes: int, load: bool, source_classes: int | None) -> nn.Module:
+    """The network with the classifier that its weights have; with ``load``, filled with them."""
+    published = _published_name(table)
+    architecture = _architecture(table, published)
+    # Published weights know their own class count; a file's is compared below.
+    count = source_classes if source_classes is not None else None if published else classes
+    backbone = _plain(architecture.make(count if architecture.takes_classes else None))
+    if not load or table.weights is None:
+        return backbone
+    if published:
+        tensors, where = published_tensors(table.name.partition(":")[2], published), f"model.weights {published!r}"
+    else:
+        tensors, where = read_tensors(Path(table.weights)), f"model.weights {table.weights}"
+    named = architecture.adapt(fit_names(backbone, tensors))
+    classifier = find_classifier(backbone, table.classifier)
+    in_file = _classes_in(named, classifier)
+    if architecture.takes_classes and in_file not in (None, class_count(backbone, classifier)):
+        backbone = _plain(architecture.make(in_file))
+    load_weights(backbone, named, where=where)
+    return backbone
+
+
+def _published_name(table: ModelTable) -> str | None:
+    """The name of published weights, None for a file or for none at all."""
+    if table.weights is None or table.weights.endswith(CHECKPOINT_SUFFIXES):
+        return None
+    if table.name.startswith("torchvision:"):
+        return table.weights
+    raise ModelError(
+        f"model.weights: got {table.weights!r} for {table.name!r}; expected a file that ends in "
+        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' networks have weights by name: rename the file"
+    )
+
+
+def _classes_in(tensors: Mapping[str, Tensor], classifier: str) -> int | None:
+    weight = tensors.get(f"{classifier}.weight")
+    return None if weight is None or weight.ndim == 0 else weight.shape[0]
+
+
+def _architecture(table: ModelTable, published: str | None) -> Architecture:
+    name = table.name
+    if name in BUILT_IN:
+        return Architecture(lambda classes: BUILT_IN[name](**({} if classes is None else {"classes": classes})), True)
+    source, colon, attribute = name.rpartition(":")
+    if source == "torchvision":
+        return torchvision_architecture(attribute, args=table.args, published=published)
+    if colon and source and attribute:
+        return user_architecture(name, args=table.args)
+    if name in network_names():
+        hint = f"did you mean 'torchvision:{name}'?"
+    elif name.endswith(".py"):
+        hint = f"did you mean '{name}:factory', with the name of a class or function in that file?"
+    else:
+        near = difflib.get_close_matches(name, BUILT_IN, n=3, cutoff=0.6)
+        guess = f"did you mean {' or '.join(repr(item) for item in near)}?"
+        hint = guess if near else f"built in: {', '.join(BUILT_IN)}"
+    raise ModelError(
+        f"model.name: got {name!r}; expected a built-in network, 'torchvision:NAME', 'path/to/file.py:factory' or "
+        f"'package.module:factory'; {hint}"
+    )
+
+
+def _plain(backbone: nn.Module) -> nn.Module:
+    """``backbone`` out of its wrappers, float32 on the CPU, in eval mode, every parameter trainable.
+
+    Frozen, compiled and scripted networks would be cut without effect and without a word.
+    """
+    while isinstance(backbone, nn.DataParallel) or "_orig_mod" in dict(backbone.named_children()):
+        backbone = next(backbone.children())  # DataParallel's module, or what torch.compile wrapped
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise ModelError("model.name: got a TorchScript module; expected the nn.Module before scripting: return that")
+    lazy = [name for name, tensor in backbone.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"model.name: {lazy[0]!r} of {type(backbone).__name__} has no shape yet (a lazy module); expected a "
+            "network with all its parameters: run it once on an example before returning it"
+        )
+    backbone = backbone.to("cpu").float().eval()
+    for tensor in backbone.parameters():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return backbone
+
+
+def _head(asked: Head | Literal["auto"], *, count: int, classes: int, classifier: str) -> Head:
+    """What becomes of a classifier of ``count`` classes on data of ``classes``."""
+    if asked == "auto":
+        return "keep" if count == classes else "replace"
+    if asked == "keep" and count != classes:
+        more = ", 'flm' or 'ilm' (map its classes)" if count > classes else ""
+        raise ModelError(
+            f"model.head: got 'keep', but the classifier {classifier!r} has {count} classes and the data {classes}; "
+            f"expected equal counts; use 'replace' (train a new classifier){more}"
+        )
+    if asked in ("flm", "ilm") and count < classes:
+        raise ModelError(
+            f"model.head: got {asked!r}, but the classifier {classifier!r} has {count} classes and the data {classes}; "
+            "a label map needs a source class for every class; use 'replace' (train a new classifier)"
+        )
+    return asked
+
+
+def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> None:
+    """Run a copy of ``backbone`` once on [2, 3, C, C]; it must give float logits [2, classes].
+
+    Raises: ModelError that says what came instead.
+    """
+    name, side = type(backbone).__name__, canvas_size
+    image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    try:
+        model = copy.deepcopy(backbone).eval()
+    except Exception as e:
+        raise ModelError(
+            f"model.name: {name} cannot be copied: {type(e).__name__}: {e}; expected a network of plain "
+            "modules, parameters and buffers: keep other things out of it"
+        ) from e
+    try:
+        with torch.no_grad(), _seeded(0):
+            logits = model(image)
+    except Exception as e:
+        raise ModelError(
+            f"model.name: {name} does not take 3x{side}x{side} input: {type(e).__name__}: {e}; "
+            "set input.canvas_size to what it needs"
+        ) from e
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape != (2, classes):
+        fix = (
+            "set model.head = 'replace', or name the right layer as model.classifier"
+            if isinstance(logits, Tensor)
+            else "wrap the network in a factory that returns its logits alone"
+        )
+        raise ModelError(
+            f"model.name: {name} gave {_described(logits)} for 2 images; expected its logits, a float tensor "
+            f"[2, {classes}]; {fix}"
+        )
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)} of {str(output.dtype).removeprefix('torch.')}"
+    if isinstance(output, Mapping):
+        return f"a dictionary with the keys {', '.join(repr(key) for key in output)}"
+    if isinstance(output, (tuple, list)):
+        parts = ", ".join(_described(item) for item in output[:4])
+        return f"a {type(output).__name__} of {len(output)} ({parts}{', ...' if len(output) > 4 else ''})"
+    return f"a {type(output).__name__}"
