@@ -1,0 +1,130 @@
+"""From measurements to one report. Assembles and checks; measures and renders nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vpdeploy.errors import VpdeployError
+from vpdeploy.values import (
+    AccuracyDifference,
+    Certificate,
+    EpochRecord,
+    Factors,
+    Latency,
+    LatencyFactor,
+    Measurement,
+    Report,
+)
+
+
+@dataclass(frozen=True)
+class About:
+    """Where the numbers come from: what was asked, on which machine. ``recipe`` is the resolved TOML."""
+
+    title: str
+    recipe: str
+    command: str
+    environment: Mapping[str, Any]
+    skipped_images: Sequence[str] = ()
+
+
+def compare(
+    arms: Mapping[str, Measurement],
+    *,
+    factors: Mapping[str, Factors],
+    accuracy_difference: Mapping[str, AccuracyDifference],
+    certificates: Mapping[str, Certificate],
+    history: Sequence[EpochRecord],
+    about: About,
+) -> Report:
+    """The report of all arms, "dense" first. Factors and differences of every other arm are against dense.
+
+    Raises: VpdeployError when factors or differences do not follow from the measurements they stand beside.
+    """
+    report = Report(
+        title=about.title,
+        arms=dict(arms),
+        factors=dict(factors),
+        accuracy_difference=dict(accuracy_difference),
+        certificates=dict(certificates),
+        history=tuple(history),
+        skipped_images=tuple(about.skipped_images),
+        recipe=about.recipe,
+        command=about.command,
+        environment=dict(about.environment),
+    )
+    check_consistency(report)
+    return report
+
+
+def check_consistency(report: Report) -> None:
+    """Nothing in ``report`` contradicts its own fields: every factor and difference recomputes from the arms.
+
+    Raises: VpdeployError with every contradiction.
+    """
+    problems = list(_problems(report))
+    if problems:
+        raise VpdeployError(
+            f"report: {len(problems)} figures do not follow from the measurements beside them; "
+            "run `vpdeploy bench` again\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+
+
+def _problems(report: Report) -> Iterator[str]:
+    names = list(report.arms)
+    if not names or names[0] != "dense":
+        yield f"arms: got {names}; expected 'dense' first"
+        return
+    for field in ("factors", "accuracy_difference"):
+        if set(getattr(report, field)) != set(names[1:]):
+            yield f"{field}: got {sorted(getattr(report, field))}; expected every arm but dense: {sorted(names[1:])}"
+            return
+    unknown = sorted(set(report.certificates) - set(names[1:]))
+    if unknown:
+        yield f"certificates: got {unknown}; expected arms of the report: {names[1:]}"
+    for name in names[1:]:
+        yield from _accuracy_problems(name, report)
+        yield from _factor_problems(name, report)
+
+
+def _accuracy_problems(name: str, report: Report) -> Iterator[str]:
+    dense, arm, difference = report.arms["dense"], report.arms[name], report.accuracy_difference[name]
+    if not difference.n == arm.n == dense.n:
+        yield f"accuracy_difference.{name}.n: got {difference.n}; dense has {dense.n} images, {name} {arm.n}"
+    expected = arm.accuracy_top1 - dense.accuracy_top1
+    if not math.isclose(difference.difference, expected, abs_tol=1e-9):
+        yield f"accuracy_difference.{name}: got {difference.difference}; the accuracies differ by {expected}"
+    low, high = difference.interval
+    if not low <= difference.difference <= high:
+        yield f"accuracy_difference.{name}.interval: {difference.interval} does not contain {difference.difference}"
+
+
+def _factor_problems(name: str, report: Report) -> Iterator[str]:
+    dense, arm, factors = report.arms["dense"], report.arms[name], report.factors[name]
+    pairs = [
+        ("macs", factors.macs, dense.macs / arm.macs),
+        ("params", factors.params, dense.params / arm.params),
+    ]
+    for form, factor in factors.file_bytes.items():
+        pairs.append((f"file_bytes.{form}", factor, _quotient(dense.file_bytes.get(form), arm.file_bytes.get(form))))
+    for row in factors.latency_p50:
+        key = f"latency_p50[{row.form}, {row.threads} threads, batch {row.batch}]"
+        pairs.append((key, row.factor, _quotient(_p50(dense.latency, row), _p50(arm.latency, row))))
+        if not row.interval[0] <= row.factor <= row.interval[1]:
+            yield f"factors.{name}.{key}: the interval {row.interval} does not contain {row.factor}"
+    for key, got, expected in pairs:
+        if not math.isclose(got, expected, rel_tol=1e-9):
+            yield f"factors.{name}.{key}: got {got}; dense over {name} is {expected}"
+
+
+def _quotient(dense: float | None, arm: float | None) -> float:
+    return dense / arm if dense is not None and arm is not None else math.nan
+
+
+def _p50(latencies: Sequence[Latency], at: LatencyFactor) -> float | None:
+    settings = (at.engine, at.form, at.threads, at.batch)
+    found = [row.p50_ms for row in latencies if (row.engine, row.form, row.threads, row.batch) == settings]
+    return found[0] if found else None

@@ -1,0 +1,178 @@
+"""The report's charts as inline SVG. Colours are CSS variables, so that one drawing serves light and dark pages."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from vpdeploy.report.headline import latency_at, settings
+from vpdeploy.report.numbers import counted, significant
+from vpdeploy.values import Certificate, EpochRecord, Latency, Report
+
+# Drawn in these colours, which the page exchanges for its own (style.css defines the variables).
+INK, GRID, GHOST = "#1f2329", "#d8dce2", "#c9ced7"
+ARM_COLOURS = {"dense": "#6b7480", "dense+prompt": "#c27a12", "pruned": "#2563d9", "pruned-prompt": "#9a3fc4"}
+OTHER_COLOURS = ("#0f8a78", "#b3364b", "#5c6b1f", "#7a5230")
+VARIABLES = {
+    INK: "currentColor",
+    GRID: "var(--grid)",
+    GHOST: "var(--ghost)",
+    **{colour: f"var(--arm-{name.replace('+', '-with-')})" for name, colour in ARM_COLOURS.items()},
+}
+WIDTH = 7.6  # inches; a page of 1100 pixels shows it at twice its size
+
+
+def arm_colour(name: str, order: Sequence[str]) -> str:
+    others = [arm for arm in order if arm not in ARM_COLOURS]
+    return ARM_COLOURS.get(name) or OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+
+
+def accuracy_figure(history: Sequence[EpochRecord], arms: Sequence[str]) -> str | None:
+    """Validation top-1 over the epochs of fit, search and tune, one line an arm; None without a history."""
+    kinds = [kind for kind in ("fit", "search", "tune") if any(r.stage.split(":")[0] == kind for r in history)]
+    if not kinds:
+        return None
+    longest = {kind: max(r.epochs for r in history if r.stage.split(":")[0] == kind) for kind in kinds}
+    with _drawing(2.5, "accuracy") as (figure, svg):
+        shares = [max(0.35 * max(longest.values()), longest[kind]) for kind in kinds]
+        panels: Any = figure.subplots(1, len(kinds), sharey=True, squeeze=False, width_ratios=shares)[0]
+        for kind, panel in zip(kinds, panels, strict=True):
+            for stage in dict.fromkeys(r.stage for r in history if r.stage.split(":")[0] == kind):
+                arm = stage.partition(":")[2] or "dense"
+                rows = [r for r in history if r.stage == stage]
+                x, y = [r.epoch for r in rows], [100 * r.accuracy_val for r in rows]
+                colour = arm_colour(arm, arms)
+                panel.plot(x, y, color=colour, marker="o", markersize=2.2, linewidth=1.2, label=arm)
+            panel.set_title({"fit": "fit", "search": "search, weights frozen", "tune": "tune"}[kind])
+            panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(
+                integer=True, nbins=max(2, int(8 * shares[kinds.index(kind)] / sum(shares)))
+            )
+            panel.margins(x=0.08)
+        panels[0].set_ylabel("validation top-1, %")
+    return svg[0]
+
+
+def widths_figure(certificate: Certificate, arm: str, arms: Sequence[str]) -> str | None:
+    """Channels of each group, kept before dense; None without groups."""
+    groups = certificate.groups
+    if not groups:
+        return None
+    with _drawing(0.5 + 0.155 * len(groups), f"widths {arm}") as (figure, svg):
+        panel: Any = figure.subplots()
+        rows = np.arange(len(groups))
+        panel.barh(rows, [g.width for g in groups], height=0.72, color=GHOST)
+        panel.barh(rows, [g.kept for g in groups], height=0.72, color=arm_colour(arm, arms))
+        longest = max(g.width for g in groups)
+        for row, group in zip(rows, groups, strict=True):
+            note = "" if group.status == "exact" else f"  {group.status}"
+            panel.text(
+                group.width + 0.008 * longest, row, f"{group.kept} / {group.width}{note}", va="center", fontsize=5.6
+            )
+        panel.set_yticks(rows, [_short(g.root) for g in groups])
+        panel.set_ylim(len(groups) - 0.4, -0.6)
+        panel.set_xlim(0, 1.12 * longest)
+        panel.set_xlabel("channels")
+        panel.grid(visible=False, axis="y")
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    return svg[0]
+
+
+def latency_figure(report: Report) -> str | None:
+    """Quantiles of every distribution, a panel for each form, thread count and batch; None without latencies."""
+    rows = report.arms["dense"].latency
+    if not rows:
+        return None
+    columns = 1 if len(rows) == 1 else 2
+    lines = -(-len(rows) // columns)
+    with _drawing(lines * (0.55 + 0.19 * len(report.arms)), "latency") as (figure, svg):
+        panels: Any = figure.subplots(lines, columns, squeeze=False).flat
+        for panel, row in zip(panels, rows, strict=False):
+            found = {name: latency_at(arm, settings(row)) for name, arm in report.arms.items()}
+            _quantiles(panel, {name: latency for name, latency in found.items() if latency})
+            panel.set_title(f"{row.form} form, batch {row.batch}, {counted(row.threads, 'thread')}")
+            panel.set_xlabel("ms", labelpad=1)
+        for panel in list(panels)[len(rows) :]:
+            panel.set_visible(False)
+    return svg[0]
+
+
+def _quantiles(panel: Any, latencies: dict[str, Latency]) -> None:
+    """One line an arm: thin from p1 to p99, thick from p25 to p75, the median named."""
+    for y, (name, latency) in enumerate(latencies.items()):
+        p1, p10, p25, p50, p75, p90, p99 = np.percentile(latency.samples_ms, [1, 10, 25, 50, 75, 90, 99])
+        colour = arm_colour(name, list(latencies))
+        panel.hlines(y, p1, p99, color=colour, linewidth=0.7)
+        panel.hlines(y, p10, p90, color=colour, linewidth=3, alpha=0.35)
+        panel.hlines(y, p25, p75, color=colour, linewidth=5)
+        panel.plot([p50], [y], marker="|", markersize=8, color=INK, markeredgewidth=1)
+        panel.annotate(significant(p50), (p50, y), (0, 5.5), textcoords="offset points", ha="center", fontsize=5.6)
+    panel.set_yticks(range(len(latencies)), list(latencies))
+    panel.set_ylim(len(latencies) - 0.35, -0.8)
+    panel.set_xlim(left=0)
+    panel.grid(visible=False, axis="y")
+    panel.tick_params(axis="y", length=0)
+
+
+def _short(name: str, limit: int = 34) -> str:
+    return name if len(name) <= limit else "…" + name[1 - limit :]
+
+
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "vpdeploy",  # the same report gives the same bytes
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with dollar signs is a name
+    "font.size": 6.4,
+    "axes.titlesize": 6.6,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 6.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.5,
+    "grid.linewidth": 0.4,
+    "xtick.major.width": 0.4,
+    "ytick.major.width": 0.4,
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "grid.color": GRID,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+@contextmanager
+def _drawing(height: float, name: str) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure of the report's style; when the block ends, the list holds its SVG."""
+    svg: list[str] = []
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # The browser has fonts of its own; matplotlib only measures.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        yield figure, svg
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        svg.append(_inline(buffer.getvalue(), re.sub(r"[^a-z0-9]+", "-", name.lower())))
+
+
+def _inline(document: str, prefix: str) -> str:
+    """The <svg> element alone, its colours as variables and its ids unique on a page that holds several."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip()

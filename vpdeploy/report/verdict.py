@@ -1,0 +1,122 @@
+"""The comparison in words, and what the prompt gave. Says so where a difference cannot be told from none."""
+
+from __future__ import annotations
+
+import math
+
+from vpdeploy.report.headline import Settings, describe, factor_at, headline
+from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
+from vpdeploy.values import AccuracyDifference, Interval, LatencyFactor, Measurement, Report
+
+ARMS = {
+    "dense": "tuned, nothing removed, no prompt",
+    "dense+prompt": "tuned with the prompt, nothing removed",
+    "pruned": "searched, cut and tuned as the recipe says",
+    "pruned-prompt": "searched, cut and tuned without the prompt",
+}
+# Below and above this, time and MACs are said to part.
+FELL_SHORT, WENT_BEYOND = 0.8, 1.25
+
+
+def verdicts(report: Report) -> list[str]:
+    """One or two sentences for every arm but dense."""
+    at = headline(report)
+    return [_verdict(report, name, at) for name in report.arms if name != "dense"]
+
+
+def _verdict(report: Report, name: str, at: Settings | None) -> str:
+    factors, difference, faster = report.factors[name], report.accuracy_difference[name], factor_at(report, name, at)
+    parts = [_macs(factors.macs)]
+    if faster is not None and at is not None:
+        parts.append(_speed(faster, at))
+    parts.append(_accuracy(difference))
+    sentence = f"{name} against dense: {', '.join(parts)}."
+    if faster is None:
+        return f"{sentence} Latency was not measured."
+    return sentence + _parting(factors.macs, faster)
+
+
+def _macs(value: float) -> str:
+    if math.isclose(value, 1, abs_tol=0.005):
+        return "the same MACs"
+    return f"{factor(value)} fewer MACs" if value > 1 else f"{factor(1 / value)} more MACs"
+
+
+def _speed(row: LatencyFactor, at: Settings) -> str:
+    low, high = row.interval
+    bounds = f"95 % interval {factor_range(row.interval)}; {describe(at)}"
+    if low <= 1 <= high:
+        return f"speed not distinguishable from dense (factor {row.factor:.2f}, {bounds})"
+    if row.factor > 1:
+        return f"{factor(row.factor)} faster ({bounds})"
+    bounds = f"95 % interval {factor_range((1 / high, 1 / low))}; {describe(at)}"
+    return f"{factor(1 / row.factor)} slower ({bounds})"
+
+
+def _accuracy(row: AccuracyDifference) -> str:
+    low, high = row.interval
+    where = f"n = {row.n}; {percent(row.changed, row.n)} of predictions changed"
+    if low <= 0 <= high:
+        return (
+            f"top-1 not distinguishable from dense ({points(row.difference, row.n)} points, "
+            f"95 % interval {points_range(row.interval, row.n)}; {where})"
+        )
+    size = points(abs(row.difference), row.n).removeprefix("+")
+    bounds = " to ".join(points(bound, row.n).removeprefix("+") for bound in sorted((abs(low), abs(high))))
+    word = "higher" if row.difference > 0 else "lower"
+    return f"{size} points {word} top-1 (95 % interval {bounds} {word}; {where})"
+
+
+def _parting(macs: float, row: LatencyFactor) -> str:
+    """Where the time did not follow the MACs, in either direction: widths, memory and small layers decide it."""
+    if math.isclose(macs, 1, abs_tol=0.005):
+        return ""
+    figures = f"{factor(row.factor)} against {factor(macs)}"
+    if row.factor < FELL_SHORT * macs:
+        return f" The time fell less than the MACs ({figures}): plan with the measured time."
+    if row.factor > WENT_BEYOND * macs:
+        return f" The time fell more than the MACs ({figures})."
+    return ""
+
+
+def prompt_effect(report: Report) -> list[str]:
+    """What the prompt gave: each comparison is of arms trained with and without it, never one with it switched off."""
+    return [_without_pruning(report), _with_pruning(report)]
+
+
+def _without_pruning(report: Report) -> str:
+    if "dense+prompt" not in report.arms:
+        return "Without pruning: not compared; add the arm 'dense+prompt' to compare.arms."
+    row = report.accuracy_difference["dense+prompt"]
+    bounds = f"paired 95 % interval {points_range(row.interval, row.n)}"
+    gain = f"dense+prompt has {points(row.difference, row.n)} points top-1 against dense"
+    return f"Without pruning: {gain} ({bounds}){_told_apart(row.interval)}."
+
+
+def _with_pruning(report: Report) -> str:
+    if not {"pruned", "pruned-prompt"} <= report.arms.keys():
+        return "With pruning: not compared; add the arm 'pruned-prompt' to compare.arms."
+    given, without = report.arms["pruned"], report.arms["pruned-prompt"]
+    interval = unpaired_interval(without, given)
+    bounds = f"95 % interval {points_range(interval, given.n)}, unpaired and therefore wide"
+    gain = (
+        f"pruned has {points(given.accuracy_top1 - without.accuracy_top1, given.n)} points top-1 against pruned-prompt"
+    )
+    return f"With pruning: {gain} ({bounds}){_told_apart(interval)}."
+
+
+def _told_apart(interval: Interval) -> str:
+    return ", which is not distinguishable from none" if interval[0] <= 0 <= interval[1] else ""
+
+
+def unpaired_interval(a: Measurement, b: Measurement) -> Interval:
+    """Of accuracy b minus accuracy a, from their own intervals alone.
+
+    Newcombe's method 10 (Statistics in Medicine 17, 1998, 873-890), for independent samples: where both arms are right
+    on mostly the same images, it is wider than a paired interval.
+    """
+    difference = b.accuracy_top1 - a.accuracy_top1
+    (low_a, high_a), (low_b, high_b) = a.accuracy_top1_interval, b.accuracy_top1_interval
+    below = math.hypot(b.accuracy_top1 - low_b, high_a - a.accuracy_top1)
+    above = math.hypot(high_b - b.accuracy_top1, a.accuracy_top1 - low_a)
+    return difference - below, difference + above
