@@ -64,13 +64,19 @@ def _own_splits(opened: Opened, table: DataTable, *, seed: int) -> tuple[ImageRe
         return splits["train"], None, splits["val"]
     fraction = table.test_fraction or (DIGITS_TEST_FRACTION if table.name == "digits" else None)
     if fraction is None:
-        folders = ", ".join(opened.classes[:8]) + (", ..." if len(opened.classes) > 8 else "")
-        raise DataError(
-            f"data: {opened.where} has no test split, only class folders ({folders}); expected train/CLASS/* and"
-            " test/CLASS/*: add test/, or set data.test_fraction to split one off"
-        )
+        raise DataError(_no_test(opened, table))
     whole = splits["train"] if "train" in splits else splits["all"]
     train, test = split_off(
         whole, fraction, seed=(seed, TEST), key="data.test_fraction", part="test", classes=opened.classes
     )
     return train, None, test
+
+
+def _no_test(opened: Opened, table: DataTable) -> str:
+    if table.name != "imagefolder":
+        return f"data: {opened.where} brings no test split; set data.test_fraction (0.2, say) to split one off"
+    folders = ", ".join(opened.classes[:8]) + (", ..." if len(opened.classes) > 8 else "")
+    return (
+        f"data: {opened.where} has no test split, only class folders ({folders}); expected train/CLASS/* and"
+        " test/CLASS/*: add test/, or set data.test_fraction to split one off"
+    )

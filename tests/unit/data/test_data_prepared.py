@@ -64,16 +64,17 @@ def test_every_image_is_the_deployed_resize_rounded(how, in_memory):
 
 def test_streamed_equals_in_memory():
     # More images than one chunk holds, so that blocks are cut differently in the two.
-    refs, _ = pictures(600, sizes=((12, 12), (16, 20), (16, 20)))
+    refs, _ = pictures(600, sizes=((70, 66), (12, 12), (16, 20), (16, 20)))
     order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
     one, two = (walked(ready(refs, in_memory=in_memory), order, 64) for in_memory in (True, False))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
     assert one[1].tolist() == [refs.labels[i] for i in order.tolist()]
 
 
+@pytest.mark.parametrize("first", [(16, 20), (70, 66)])  # tiny images are left to one thread
 @pytest.mark.parametrize("workers", [0, 1, 5])
-def test_the_number_of_threads_changes_nothing(workers):
-    refs, _ = pictures(300, sizes=((16, 20), (12, 12)))
+def test_the_number_of_threads_changes_nothing(workers, first):
+    refs, _ = pictures(300, sizes=(first, (12, 12)))
     before = torch.get_num_threads()
     pixels = ready(refs, workers=workers).pixels
     assert pixels is not None and torch.equal(pixels, ready(refs).pixels)  # type: ignore[arg-type]

@@ -170,8 +170,8 @@ def test_bare_classes_need_a_test_fraction(tmp_path):
     with pytest.raises(DataError) as caught:
         open_source(table(name="imagefolder", root=root), seed=0)
     assert str(caught.value) == (
-        f"data: {root} has no test split, only class folders (a, b); expected train/CLASS/* and test/CLASS/*: add test/,"
-        " or set data.test_fraction to split one off"
+        f"data: {root} has no test split, only class folders (a, b); expected train/CLASS/* and test/CLASS/*:"
+        " add test/, or set data.test_fraction to split one off"
     )
 
 
