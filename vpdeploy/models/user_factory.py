@@ -120,7 +120,7 @@ def _factory(module: ModuleType, attribute: str, *, name: str) -> Callable[..., 
     if callable(factory) and not isinstance(factory, nn.Module):
         return factory
     near = difflib.get_close_matches(attribute, callables, n=3, cutoff=0.5) or callables[:10]
-    what = "nothing of that name" if factory is None else f"a {type(factory).__name__}"
+    what = "nothing of that name" if factory is None else f"of type {type(factory).__name__}"
     hint = f"it has {', '.join(near)}" if near else "it has none"
     raise ModelError(
         f"model.name: got {name!r}, where {attribute!r} is {what}; expected a class or function that returns an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -63,7 +64,9 @@ def _load_torch(path: Path) -> Any:
     except Exception as e:  # the unpickler meets damaged bytes with almost any exception
         text = str(e)
         named = re.search(r"GLOBAL (\S+)", text)
-        if named or "Unsupported operand" in text or "Unsupported class" in text or "TorchScript" in text:
+        # Opcodes that torch never writes, in a file that begins like a pickle: written by the pickle module itself.
+        pickled = "Unsupported operand" in text and path.read_bytes()[:1] == pickle.PROTO
+        if named or pickled or "TorchScript" in text:
             what = f" ({named[1]})" if named else " (TorchScript)" if "TorchScript" in text else ""
             raise ModelError(
                 f"{path}: holds pickled objects{what}, which can run code when read; expected tensors only: "
