@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,38 @@ from numpy.typing import NDArray
 from vpdeploy.measure.engine import DTYPES, open_session
 
 
-def predictions_of_file(
-    path: Path, form: str, batches: Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]], *, n: int, threads: int
-) -> NDArray[np.int64]:
-    """Predicted class of every image: [n] int64, at the positions that the batches name.
-
-    batches: (images as the form takes them [b, ...], labels [b], positions [b]). Labels are carried along by the data's
-    iterators and are not looked at here.
+def predictor(path: Path, form: str, *, threads: int) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
+    """A function from images as ``form`` takes them, [b, ...], to what the file predicts for each, [b].
 
     Raises: VpdeployError when the file cannot be run.
     """
     session = open_session(path, threads=threads)
     name = session.get_inputs()[0].name
-    predictions = np.full(n, -1, np.int64)
-    for images, _labels, positions in batches:
+
+    def predict(images: NDArray[Any]) -> NDArray[np.int64]:
         assert images.dtype == DTYPES[form], f"the {form} form takes {DTYPES[form]}, got {images.dtype}"
         (logits,) = session.run(None, {name: np.ascontiguousarray(images)})
-        predictions[positions] = np.asarray(logits).argmax(axis=1)
-    assert (predictions >= 0).all(), f"{int((predictions < 0).sum())} of {n} positions came in no batch"
-    return predictions
+        return np.asarray(logits).argmax(axis=1)
+
+    return predict
+
+
+def walk(
+    batches: Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]],
+    *,
+    predictors: Mapping[str, Callable[[NDArray[Any]], NDArray[np.int64]]],
+) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64]]]:
+    """Show every batch to every predictor, decoding each image once: labels [n], and name -> predictions [n].
+
+    batches: (images uint8 [b, h, w, 3], labels [b], positions [b]), each image once; results are in order of position.
+    """
+    labels: list[NDArray[Any]] = []
+    positions: list[NDArray[Any]] = []
+    predictions: dict[str, list[NDArray[np.int64]]] = {name: [] for name in predictors}
+    for images, truth, place in batches:
+        labels.append(truth)
+        positions.append(place)
+        for name, predict in predictors.items():
+            predictions[name].append(predict(images))
+    order = np.argsort(np.concatenate(positions), kind="stable")
+    return np.concatenate(labels)[order], {name: np.concatenate(parts)[order] for name, parts in predictions.items()}

@@ -58,6 +58,9 @@ def accuracy_figure(history: Sequence[EpochRecord], arms: Sequence[str]) -> str 
             )
             panel.margins(x=0.08)
         panels[0].set_ylabel("validation top-1, %")
+        for panel in panels[1:]:
+            panel.spines["left"].set_visible(False)
+            panel.tick_params(axis="y", length=0)
     return svg[0]
 
 
@@ -79,7 +82,7 @@ def widths_figure(certificate: Certificate, arm: str, arms: Sequence[str]) -> st
             )
         panel.set_yticks(rows, [_short(g.root) for g in groups])
         panel.set_ylim(len(groups) - 0.4, -0.6)
-        panel.set_xlim(0, 1.12 * longest)
+        panel.set_xlim(0, 1.15 * longest)
         panel.set_xlabel("channels")
         panel.grid(visible=False, axis="y")
         panel.tick_params(axis="y", length=0)
@@ -94,7 +97,7 @@ def latency_figure(report: Report) -> str | None:
         return None
     columns = 1 if len(rows) == 1 else 2
     lines = -(-len(rows) // columns)
-    with _drawing(lines * (0.55 + 0.19 * len(report.arms)), "latency") as (figure, svg):
+    with _drawing(lines * (0.5 + 0.17 * len(report.arms)), "latency") as (figure, svg):
         panels: Any = figure.subplots(lines, columns, squeeze=False).flat
         for panel, row in zip(panels, rows, strict=False):
             found = {name: latency_at(arm, settings(row)) for name, arm in report.arms.items()}
@@ -107,7 +110,7 @@ def latency_figure(report: Report) -> str | None:
 
 
 def _quantiles(panel: Any, latencies: dict[str, Latency]) -> None:
-    """One line an arm: thin from p1 to p99, thick from p25 to p75, the median named."""
+    """One line an arm: thin from p1 to p99, thick from p25 to p75, a mark at the median and its figure."""
     for y, (name, latency) in enumerate(latencies.items()):
         p1, p10, p25, p50, p75, p90, p99 = np.percentile(latency.samples_ms, [1, 10, 25, 50, 75, 90, 99])
         colour = arm_colour(name, list(latencies))
@@ -115,10 +118,10 @@ def _quantiles(panel: Any, latencies: dict[str, Latency]) -> None:
         panel.hlines(y, p10, p90, color=colour, linewidth=3, alpha=0.35)
         panel.hlines(y, p25, p75, color=colour, linewidth=5)
         panel.plot([p50], [y], marker="|", markersize=8, color=INK, markeredgewidth=1)
-        panel.annotate(significant(p50), (p50, y), (0, 5.5), textcoords="offset points", ha="center", fontsize=5.6)
+        panel.annotate(significant(p50), (p99, y), (4, 0), textcoords="offset points", va="center", fontsize=5.6)
     panel.set_yticks(range(len(latencies)), list(latencies))
-    panel.set_ylim(len(latencies) - 0.35, -0.8)
-    panel.set_xlim(left=0)
+    panel.set_ylim(len(latencies) - 0.4, -0.6)
+    panel.set_xlim(0, 1.12 * max(np.percentile(latency.samples_ms, 99) for latency in latencies.values()))
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
 

@@ -94,8 +94,8 @@ def comparison(report: Report) -> Sheet:
 
     caption = (
         f"Intervals at 95 %. Latency: {where}. File: {form} form. Factors are dense over arm: above 1 is better. "
-        "MACs: convolution, linear and attention products of the backbone at batch 1, counted by fvcore with handles of "
-        "our own."
+        "MACs: convolution, linear and attention products of the backbone at batch 1, counted by fvcore with handles "
+        "of our own."
     )
     return _sheet(caption, columns, rows())
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.measure import memory
-from vpdeploy.measure.accuracy import predictions_of_file
+from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.engine import engine_versions, open_session, random_images
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.latency import measure_latency
@@ -34,20 +34,24 @@ def colour_model(tmp_path_factory) -> Path:
     return path
 
 
-def test_predictions_go_where_the_batches_say(colour_model):
+def test_predictions_and_labels_are_in_order_of_position(colour_model):
     colours = np.array([2, 0, 1, 1, 0])
     images = np.zeros((5, 3, 4, 4), np.float32)
     images[np.arange(5), colours] = 1
-    batches = [(images[[3, 0]], colours[[3, 0]], np.array([3, 0])), (images[[1, 2, 4]], None, np.array([1, 2, 4]))]
-    predictions = predictions_of_file(colour_model, "float", batches, n=5, threads=1)
-    assert predictions.dtype == np.int64
-    assert predictions.tolist() == colours.tolist()
+    batches = [
+        (images[[3, 0]], colours[[3, 0]], np.array([3, 0])),
+        (images[[4, 2, 1]], colours[[4, 2, 1]], np.array([4, 2, 1])),
+    ]
+    predict = predictor(colour_model, "float", threads=1)
+    labels, predictions = walk(batches, predictors={"file": predict, "none": lambda x: np.zeros(len(x), np.int64)})
+    assert labels.tolist() == predictions["file"].tolist() == colours.tolist()
+    assert predictions["none"].tolist() == [0] * 5
+    assert predictions["file"].dtype == np.int64
 
 
-def test_an_image_that_no_batch_brought_is_noticed(colour_model):
-    batch = (np.zeros((1, 3, 2, 2), np.float32), np.zeros(1), np.array([0]))
-    with pytest.raises(AssertionError, match="1 of 2 positions came in no batch"):
-        predictions_of_file(colour_model, "float", [batch], n=2, threads=1)
+def test_a_form_is_never_fed_the_other_forms_images(colour_model):
+    with pytest.raises(AssertionError, match="the float form takes float32, got uint8"):
+        predictor(colour_model, "float", threads=1)(np.zeros((1, 3, 2, 2), np.uint8))
 
 
 def test_random_images_are_what_the_form_takes():
