@@ -41,7 +41,7 @@ class ModelTable(Table):
         min_length=1,
     )
     weights: str | None = Field(
-        None,
+        default=None,
         description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
     )
     head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
@@ -62,7 +62,7 @@ class DataTable(Table):
         min_length=1,
     )
     root: str | None = Field(
-        None,
+        default=None,
         description="folder or .zip: train/CLASS/* and test/CLASS/* (with train/ and val/ alone, val is the test split), or bare CLASS/* with test_fraction",
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -151,9 +151,9 @@ class SearchTable(Table):
 class BudgetTable(Table):
     """What may remain: exactly one of the three ratios."""
 
-    channel_ratio: Fraction | None = Field(None, description="of the channels of prunable groups, each group counted once")
-    macs_ratio: Fraction | None = Field(None, description="of the backbone's multiply-accumulates")
-    params_ratio: Fraction | None = Field(None, description="of the backbone's parameters")
+    channel_ratio: Fraction | None = Field(default=None, description="of the channels of prunable groups, each group counted once")
+    macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
+    params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
     round_to: Count = Field(8, description="kept widths are multiples of this, or the full width")
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="largest share that any one group may lose")
 
@@ -195,7 +195,7 @@ class CompareTable(Table):
     """Which models stand in the report."""
 
     arms: tuple[Arm, ...] | None = Field(
-        None,
+        default=None,
         description="dense and pruned always; dense+prompt: tuned with the prompt; pruned-prompt: search and tune without it. Absent: dense, dense+prompt (with a prompt) and pruned",
         strict=False,
     )

@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,11 +17,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from vpdeploy.errors import RunFolderError
-from vpdeploy.values import EpochRecord
+from vpdeploy.values import EpochRecord, Found
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,6 +135,28 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise RunFolderError(f"{path}: damaged: {e}; remove it and run the same command again") from e
 
 
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """NumPy arrays by name, as .npz without pickles."""
+    buffer = BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What ``write_arrays`` wrote.
+
+    Raises: RunFolderError when the file is missing or damaged.
+    """
+    try:
+        with np.load(BytesIO(read_bytes(path)), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, zipfile.BadZipFile, zlib.error) as e:
+        raise RunFolderError(f"{path}: damaged: {e}; remove it and run the same command again") from e
+
+
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,10 +188,6 @@ class Journal:
         buffer = BytesIO()
         torch.save({**state, "key": self.key}, buffer)
         write_bytes(self.state_file, buffer.getvalue())
-
-    def close(self) -> None:
-        """The stage's result is on disk: its state is no longer needed."""
-        self.state_file.unlink(missing_ok=True)
 
 
 def append_history(path: Path, record: EpochRecord) -> None:
@@ -221,3 +242,52 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def write_network(
+    path: Path, backbone: Mapping[str, Tensor], *, prompt: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:
+    """A backbone's state and its prompt's (empty without one); ``about`` is plain data."""
+    write_tensors(path, _packed({"backbone": backbone, "prompt": prompt}), about=about)
+
+
+def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(backbone state, prompt state, about) as ``write_network`` got them."""
+    flat, about = read_tensors(path)
+    parts = _unpacked(flat)
+    return parts.get("backbone", {}), parts.get("prompt", {}), about
+
+
+def write_found(path: Path, found: Found) -> None:
+    parts = {"scores": found.scores, "prompt": found.prompt, "norm_statistics": found.norm_statistics}
+    write_tensors(path, _packed(parts), about={"label_map": found.label_map})
+
+
+def read_found(path: Path) -> Found:
+    flat, about = read_tensors(path)
+    parts = _unpacked(flat)
+    return Found(
+        scores=parts.get("scores", {}),
+        prompt=parts.get("prompt", {}),
+        norm_statistics=parts.get("norm_statistics", {}),
+        label_map=as_label_map(about.get("label_map")),
+    )
+
+
+def as_label_map(plain: list[int] | None) -> tuple[int, ...] | None:
+    return None if plain is None else tuple(plain)
+
+
+def _packed(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _unpacked(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = tensor
+    return parts

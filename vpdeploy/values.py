@@ -144,6 +144,13 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Parities:
+    """The parity of every exported form of one arm."""
+
+    forms: tuple[Parity, ...]
+
+
+@dataclass(frozen=True)
 class GroupRecord:
     """One group as the certificate and the report tell it."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def to_onnx(deployable: Deployable, path: Path, *, opset: int, metadata: Mapping
             f"{path.name}: export.opset is {opset}, but the exporter of torch {torch.__version__} got no further than "
             f"{reached}; set export.opset = {reached}, or install a newer torch and onnxscript"
         )
-    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
     onnx.checker.check_model(model, full_check=True)
     write_bytes(path, model.SerializeToString())
 
@@ -89,11 +91,14 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporter's logging to itself: what fails is raised, and what it tries on the way helps no user."""
+    """Keep the exporter's logs and prints to itself: what fails is raised, and what it tries before helps no user."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), warnings.catch_warnings():
+            # torch 2.11 warns of its own use of a class that it deprecates.
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            yield
     finally:
         logging.disable(before)
 

@@ -62,6 +62,8 @@ def open_session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSessio
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said once, below
     options.intra_op_num_threads = threads
+    # Threads that spin between runs would take the cores from torch, which runs in turn with the session in parity.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime's exceptions share no base class of their own
@@ -84,7 +86,7 @@ def metadata_of(session: onnxruntime.InferenceSession, path: Path) -> dict[str, 
 
     Raises: VpdeployError when the file is not from vpdeploy.
     """
-    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    metadata = dict(sorted(session.get_modelmeta().custom_metadata_map.items()))
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:
         raise VpdeployError(

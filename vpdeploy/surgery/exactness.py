@@ -14,7 +14,7 @@ from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.plan import plan
-from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
+from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMask, GroupRecord, Selection
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating must change the logits by this much, relative, or the probe saw nothing
@@ -153,3 +153,26 @@ def masked_vs_pruned(
     with torch.no_grad():
         masked = masked_network(x, mask_row(groups, mask, dtype=torch.float64))
         return relative_difference(masked, small(x))
+
+
+AGREEMENT = 1e-6  # float64, real weights: 1e-16 to 1e-12 was measured; more means that something else was computed
+
+
+def certify(
+    source: nn.Module, pruned: nn.Module, groups: ChannelGroups, selection: Selection, *, canvas: Tensor
+) -> Certificate:
+    """What is proved of a cut. source: the dense network that was cut; canvas: real images as it sees them, [n, 3, C, C].
+
+    Raises: SurgeryError when masking and removal do not give the same logits.
+    """
+    agreement = masked_vs_pruned(source, pruned, groups.prunable, selection.mask, canvas=canvas)
+    if not agreement <= AGREEMENT:
+        raise SurgeryError(
+            f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(canvas)} real images; expected at "
+            f"most {AGREEMENT:g}: removal is not exact for this network, please report it with the recipe"
+        )
+    widths = selection.mask.widths()
+    records = tuple(
+        GroupRecord(g.root, g.width, widths.get(g.root, g.width), g.status, g.reason, g.difference) for g in groups.groups
+    )
+    return Certificate(agreement, len(canvas), selection.budget, selection.requested, selection.reached, records)

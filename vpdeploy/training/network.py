@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.data.prepared import Images
+from vpdeploy.data.prepared import Images, batches
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
 from vpdeploy.recipe import Recipe
@@ -80,6 +80,17 @@ def build_canvas(recipe: Recipe, *, prompted: bool) -> Canvas:
 def prompt_state(canvas: Canvas) -> dict[str, Tensor]:
     """What of the canvas was learned; empty without a prompt."""
     return {} if canvas.prompt is None else {k: v.detach().cpu().clone() for k, v in canvas.prompt.state_dict().items()}
+
+
+def show(recipe: Recipe, images: Images, *, prompt: Mapping[str, Tensor], count: int) -> Tensor:
+    """The first ``count`` images as the backbone sees them, with a prompt's state (empty for none): [n, 3, C, C], float32."""
+    canvas = build_canvas(recipe, prompted=bool(prompt)).eval()
+    if canvas.prompt is not None:
+        canvas.prompt.load_state_dict(prompt)
+    order = torch.arange(min(count, len(images)))
+    pixels = torch.cat([batch for batch, _ in batches(images, order, count)])
+    with torch.no_grad():
+        return canvas(to_pixels(pixels, torch.device("cpu")))
 
 
 def restart_prompt(canvas: Canvas, *, seed: int, stage: str, epoch: int) -> None:

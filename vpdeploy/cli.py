@@ -1,0 +1,206 @@
+"""The command line: parse, call the pipeline, print. Heavy modules are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vpdeploy.errors import VpdeployError
+from vpdeploy.progress import Display
+from vpdeploy.recipe import load_recipe
+
+app = typer.Typer(
+    name="vpdeploy",
+    help="From a trained image classifier to a smaller, faster ONNX file that is proved to compute the same thing.",
+    epilog="Begin with: vpdeploy run recipes/quickstart.toml",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe in TOML, such as recipes/quickstart.toml")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, as `vpdeploy run` or `prune` made it")]
+RunOption = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="RUN", help="the run folder; otherwise runs/ and the recipe's name")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as tune.epochs=3; repeatable")
+]
+RedoOption = Annotated[
+    str | None,
+    typer.Option("--redo", metavar="STAGE", help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench"),
+]
+
+
+def main() -> None:
+    """The entry point: exit status 0 done, 1 an error that the user can mend, 2 usage, 130 interrupted."""
+    with _user_errors():
+        app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A user's error is one message without a traceback; a bug keeps its own."""
+    try:
+        yield
+    except VpdeployError as e:
+        err.print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True)
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _folder(recipe: Path, run: Path | None) -> Path:
+    return run or Path("runs") / recipe.stem
+
+
+def _command() -> str:
+    return shlex.join(["vpdeploy", *sys.argv[1:]])
+
+
+@app.command(name="run", rich_help_panel="The road")
+def run_command(recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None) -> None:
+    """Do everything: prune, export, bench, report. Interrupted, the same command goes on where it stopped."""
+    loaded, folder = load_recipe(recipe, set_ or []), _folder(recipe, output)
+    from vpdeploy.pipeline import run
+    from vpdeploy.report.table import comparison_table
+
+    report = run(loaded, folder, redo=_stage(redo), command=_command(), display=Display(err))
+    out.print(comparison_table(report))
+    out.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    out.print(f"file:   {folder / 'export'}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="The road")
+def prune(recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None) -> None:
+    """Fit, search, select, cut and tune; the dense baseline too."""
+    loaded, folder = load_recipe(recipe, set_ or []), _folder(recipe, output)
+    from vpdeploy import pipeline
+
+    pipeline.prune(loaded, folder, redo=_stage(redo), command=_command(), display=Display(err))
+    out.print(f"pruned: {folder}; next: vpdeploy export {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="The road")
+def export(run: RunArgument) -> None:
+    """Bake prompt and preprocessing in, write the ONNX files, check that torch and ONNX Runtime agree."""
+    from vpdeploy import pipeline
+
+    pipeline.export(run, display=Display(err))
+    out.print(f"exported: {run / 'export'}; next: vpdeploy bench {run}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="The road")
+def bench(run: RunArgument) -> None:
+    """Measure the exported files: accuracy on the test split, MACs, parameters, bytes, latency, memory."""
+    from vpdeploy import pipeline
+
+    pipeline.bench(run, display=Display(err))
+    out.print(f"measured: {run}; next: vpdeploy report {run}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="The road")
+def report(run: RunArgument) -> None:
+    """Write report.json, report.md and report.html from what was measured."""
+    from vpdeploy.report.table import comparison_table
+    from vpdeploy.reporting import write_report
+    from vpdeploy.run_folder import locked
+    from vpdeploy.stages import read_recipe
+
+    read_recipe(run)
+    with locked(run):
+        made = write_report(run)
+    out.print(comparison_table(made))
+    out.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="Before")
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Tell every problem of a recipe at once, with the key and what to do. Nothing is run."""
+    loaded = load_recipe(recipe, set_ or [])
+    arms = ", ".join(loaded.arms)
+    out.print(f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {loaded.budget.kind} {loaded.budget.ratio:g}, arms {arms}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="Before")
+def inspect(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Show what can be removed, what is excluded and why, and how small the network can get. Nothing is trained."""
+    loaded = load_recipe(recipe, set_ or [])
+    from vpdeploy.inspection import inspect_recipe
+
+    found = inspect_recipe(loaded)
+    if as_json:
+        sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
+    else:
+        _print_inspection(found)
+
+
+def _print_inspection(found) -> None:  # noqa: ANN001  (its type lives in a module that imports torch)
+    table = Table("group", "width", "share of MACs", "narrowest", "status", "reason", title=found.model)
+    for row in found.groups:
+        status = {"exact": "[green]exact[/]", "approximate": "[yellow]approximate[/]"}.get(row.status, f"[red]{row.status}[/]")
+        table.add_row(row.root, str(row.width), f"{row.macs_share:.1%}", str(row.narrowest), status, _plain(row.reason))
+    out.print(table)
+    out.print(
+        f"{found.macs:,} MACs, {found.params:,} parameters; exact groups can reach macs_ratio {found.min_macs_ratio_exact:.3f}, "
+        f"params_ratio {found.min_params_ratio_exact:.3f}; {found.seconds:.1f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command(rich_help_panel="After")
+def predict(
+    onnx: Annotated[Path, typer.Argument(metavar="ONNX", help="an exported file")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
+    top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
+) -> None:
+    """Classify image files by the exported file alone."""
+    from vpdeploy.deploy.predict import predict as predict_images
+
+    for found in predict_images(onnx, images, top=top):
+        shown = "  ".join(f"{name} {p:.1%}" for name, p in zip(found.names, found.probabilities, strict=True))
+        out.print(f"{found.image}: {shown}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command(rich_help_panel="After")
+def verify(folder: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="a run folder, or its export folder anywhere")]) -> None:
+    """Check the exported files on this machine, without torch: checksums, and outputs on the stored test vectors."""
+    from vpdeploy.deploy.verify import VerifyError
+    from vpdeploy.deploy.verify import verify as verify_folder
+
+    try:
+        lines = verify_folder(folder)
+    except VerifyError as e:
+        raise VpdeployError(str(e)) from e
+    for line in lines:
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _stage(redo: str | None) -> str | None:
+    from vpdeploy.stages import ORDER
+
+    if redo is not None and redo not in ORDER:
+        raise VpdeployError(f"--redo: got {redo!r}; expected one of {', '.join(ORDER)}")
+    return redo
+

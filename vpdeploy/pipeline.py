@@ -1,0 +1,184 @@
+"""The road, from top to bottom: a recipe goes in, a run folder with verified ONNX files and a report comes out.
+
+    groups -> fit -> search -> cut -> tune -> export -> bench -> report
+
+A stage takes values and leaves one on disk before the next begins; a stage that is done is read back. The arms dense and
+dense+prompt skip search and cut; everything else they share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vpdeploy import run_folder
+from vpdeploy.progress import Display
+from vpdeploy.recipe import Recipe
+from vpdeploy.reporting import write_report
+from vpdeploy.scoring.select import Selector, build_selector, select
+from vpdeploy.shipping import export_arms, measure_arms
+from vpdeploy.stages import Stage, arm_file, read_recipe
+from vpdeploy.surgery.cost import build_cost_model
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.exactness import certify, probe
+from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.plan import plan
+from vpdeploy.training.fit import fit
+from vpdeploy.training.network import show
+from vpdeploy.training.search import SearchTask, scores_as_arrays, search, with_statistics
+from vpdeploy.training.tune import tune
+from vpdeploy.values import ChannelGroups, Dense, Found, PrunePlan, Report
+from vpdeploy.workbench import (
+    Workbench,
+    note_environment,
+    open_workbench,
+    read_dense,
+    write_dense,
+    write_tuned,
+)
+
+CERTIFICATE_IMAGES = 32
+
+
+def run(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, display: Display) -> Report:
+    """The whole road. Interrupted anywhere, the same call goes on where it stopped."""
+    prune(recipe, folder, redo=redo, command=command, display=display)
+    export(folder, display=display)
+    bench(folder, display=display)
+    return report(folder)
+
+
+def prune(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, display: Display) -> None:
+    """From a recipe to the tuned network of every arm."""
+    with run_folder.locked(folder):
+        work = open_workbench(recipe, folder, redo=redo, display=display)
+        note_environment(folder, command)
+        groups = grouped(work)
+        selector = selector_for(work, groups)  # an unreachable budget ends here, before any training
+        dense = fitted(work)
+        for arm in work.recipe.arms:
+            if arm.startswith("pruned"):
+                found = searched(work, arm, dense, groups, selector)
+                cut_plan = planned(work, arm, dense, groups, selector, found)
+                pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)
+                tuned(work, arm, pruned, prompt=found.prompt)
+            else:
+                tuned(work, arm, dense, prompt={})
+
+
+def export(folder: Path, *, display: Display) -> None:
+    """Bake and write every arm's ONNX files, check parity, and package them with vectors for ``verify``."""
+    with run_folder.locked(folder):
+        export_arms(open_workbench(read_recipe(folder), folder, redo=None, display=display))
+
+
+def bench(folder: Path, *, display: Display) -> None:
+    """Measure the exported files. The only stage that opens the test split."""
+    with run_folder.locked(folder):
+        measure_arms(open_workbench(read_recipe(folder), folder, redo=None, display=display))
+
+
+def report(folder: Path) -> Report:
+    """Compare what was measured: report.json, report.md, report.html."""
+    with run_folder.locked(folder):
+        return write_report(folder)
+
+
+# --- the stages of prune ------------------------------------------------------------------------------------------------
+
+
+def grouped(work: Workbench) -> ChannelGroups:
+    """Which channels go together, and which of them can be removed exactly."""
+    stage, path = Stage("groups"), work.run / "groups.json"
+    if not work.is_done(stage):
+        with work.doing(stage):
+            canvas_size = work.recipe.input.canvas
+            found = find_groups(work.built.backbone, example_input(canvas_size))
+            run_folder.write_value(path, probe(work.built.backbone, found, canvas_size=canvas_size))
+    return run_folder.read_value(path, ChannelGroups)
+
+
+def selector_for(work: Workbench, groups: ChannelGroups) -> Selector:
+    """The recipe's budget over the prunable groups."""
+    table = work.recipe.budget
+    example = example_input(work.recipe.input.canvas, batch=1)
+    return build_selector(
+        groups.prunable,
+        build_cost_model(work.built.backbone, groups.prunable, example=example),
+        budget=table.kind,
+        ratio=table.ratio,
+        round_to=table.round_to,
+        max_removal=table.max_removal,
+    )
+
+
+def fitted(work: Workbench) -> Dense:
+    """Stage 0: the dense network that every arm starts from."""
+    stage = Stage("fit")
+    if not work.is_done(stage):
+        with work.doing(stage):
+            dense = fit(
+                work.built.backbone,
+                work.training_data(),
+                recipe=work.recipe,
+                classifier=work.built.classifier,
+                compute=work.compute(),
+                journal=work.journal(stage),
+                display=work.display,
+            )
+            write_dense(work, dense)
+    return read_dense(work)
+
+
+def searched(work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector) -> Found:
+    """Stage 1: scores, prompt, label map and norm statistics, on frozen weights."""
+    stage, path = Stage("search", arm), arm_file(work.run, "found.safetensors", arm)
+    if not work.is_done(stage):
+        with work.doing(stage):
+            prompted = arm == "pruned" and work.recipe.prompt.pixels.stages in ("both", "search")
+            task = SearchTask(dense, groups.prunable, selector, work.built.classifier, prompted)
+            found = search(
+                task,
+                work.training_data(),
+                recipe=work.recipe,
+                compute=work.compute(),
+                journal=work.journal(stage),
+                display=work.display,
+            )
+            run_folder.write_found(path, found)
+    return run_folder.read_found(path)
+
+
+def planned(
+    work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector, found: Found
+) -> PrunePlan:
+    """Scores -> mask -> plan, and the certificate that masking and removal are the same on the real network."""
+    stage, path = Stage("cut", arm), arm_file(work.run, "plan.json", arm)
+    if not work.is_done(stage):
+        with work.doing(stage):
+            selection = select(selector, dict(scores_as_arrays(found)))
+            source = with_statistics(dense, found)
+            example = example_input(work.recipe.input.canvas)
+            cut_plan = plan(source, groups.prunable, selection.mask, example=example)
+            images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=CERTIFICATE_IMAGES)
+            certificate = certify(source, cut(source, cut_plan), groups, selection, canvas=images)
+            run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
+            run_folder.write_value(path, cut_plan)
+    return run_folder.read_value(path, PrunePlan)
+
+
+def tuned(work: Workbench, arm: str, start: Dense, *, prompt: dict) -> None:
+    """Stage 2: weights and prompt of one arm, on the same schedule as every other arm."""
+    stage, ships = Stage("tune", arm), work.recipe.prompt.pixels.stages != "search"
+    if not work.is_done(stage):
+        with work.doing(stage):
+            result = tune(
+                start.backbone,
+                work.training_data(),
+                prompt=prompt if arm in ("pruned", "dense+prompt") and ships else None,
+                label_map=start.label_map,
+                recipe=work.recipe,
+                compute=work.compute(),
+                journal=work.journal(stage),
+                display=work.display,
+            )
+            write_tuned(work.run, arm, result)

@@ -1,0 +1,87 @@
+"""The end of the road: one report from what was measured. torch is not imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vpdeploy import run_folder
+from vpdeploy.errors import RunFolderError
+from vpdeploy.measure.engine import engine_versions
+from vpdeploy.measure.factors import factors
+from vpdeploy.measure.statistics import paired_difference
+from vpdeploy.report.compare import About, compare
+from vpdeploy.report.render import render
+from vpdeploy.stages import arm_file, measurement_file, read_recipe
+from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
+
+
+def write_report(run: Path) -> Report:
+    """report.json, report.md and report.html from what was measured.
+
+    Raises: RunFolderError when the run has not been measured yet.
+    """
+    recipe = read_recipe(run)
+    missing = [arm for arm in recipe.arms if not measurement_file(run, arm).exists()]
+    if missing:
+        raise RunFolderError(f"{run}: {', '.join(missing)} not measured yet; run `vpdeploy bench {run}` first")
+    arms = {arm: run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms}
+    others = [arm for arm in arms if arm != "dense"]
+    pruned = [arm for arm in arms if arm.startswith("pruned")]
+    noted = json.loads(run_folder.read_bytes(run / "environment.json"))
+    about = About(
+        title=f"{recipe.model.name.rpartition('/')[2]} on {recipe.data.name}",
+        recipe=run_folder.read_bytes(run / "recipe.toml").decode(),
+        command=noted["command"],
+        environment={**noted["environment"], "engine": engine_versions()},
+        skipped_images=_skipped(run),
+    )
+    made = compare(
+        arms,
+        factors={arm: factors(arms["dense"], arms[arm], seed=recipe.seed) for arm in others},
+        accuracy_difference=_differences(run, others),
+        certificates={arm: _certificate(run, arm) for arm in pruned},
+        history=run_folder.read_history(run / "history.jsonl"),
+        about=about,
+    )
+    prompt, example = _pictures(run)
+    pages = render(made, prompt=prompt, canvas_example=example)
+    run_folder.write_value(run / "report.json", made)
+    run_folder.write_bytes(run / "report.md", pages.markdown.encode())
+    run_folder.write_bytes(run / "report.html", pages.html.encode())
+    return made
+
+
+def _skipped(run: Path) -> tuple[str, ...]:
+    path = run / "skipped.txt"
+    return tuple(run_folder.read_bytes(path).decode().splitlines()) if path.exists() else ()
+
+
+def _certificate(run: Path, arm: str) -> Certificate:
+    certificate = run_folder.read_value(arm_file(run, "certificate.json", arm), Certificate)
+    parities = run_folder.read_value(arm_file(run, "parity.json", arm), Parities)
+    return replace(certificate, torch_vs_onnx=parities.forms)
+
+
+def _differences(run: Path, arms: Iterable[str]) -> dict[str, AccuracyDifference]:
+    arrays = run_folder.read_arrays(run / "predictions.npz")
+    labels, dense = arrays["labels"], arrays["dense"]
+    return {
+        arm: paired_difference(
+            dense == labels, arrays[arm] == labels, predictions_a=dense, predictions_b=arrays[arm]
+        )
+        for arm in arms
+    }
+
+
+def _pictures(run: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The learned prompt [3, C, C] of the pruned arm and one prompted canvas, uint8 [C, C, 3]; None without a prompt."""
+    path = run / "prompt.npz"
+    if not path.exists():
+        return None, None
+    arrays = run_folder.read_arrays(path)
+    return arrays["prompt"], arrays["canvas"]

@@ -1,0 +1,172 @@
+"""The second half of the road: from tuned networks to exported files and measurements of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vpdeploy import run_folder
+from vpdeploy.data.raw import raw_batches
+from vpdeploy.data.resize import resize
+from vpdeploy.deploy.bake import Deployable, bake
+from vpdeploy.deploy.onnx_file import to_onnx
+from vpdeploy.deploy.package import write_package
+from vpdeploy.deploy.parity import check_parity
+from vpdeploy.deploy.session import describe
+from vpdeploy.deploy.vectors import Vectors
+from vpdeploy.errors import ParityError
+from vpdeploy.measure.accuracy import predictor, walk
+from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memories
+from vpdeploy.measure.macs import count_macs, preprocessing_macs
+from vpdeploy.measure.statistics import wilson
+from vpdeploy.recipe import Recipe
+from vpdeploy.stages import Stage, arm_file, measurement_file
+from vpdeploy.values import Measurement, Parities
+from vpdeploy.workbench import Workbench, read_tuned
+
+PARITY_IMAGES = 32
+VECTOR_BYTES = 16 * 2**20  # of test vectors in one export folder
+TEST_BATCH = 64
+
+
+def file_name(arm: str, form: str) -> str:
+    """pruned.onnx takes the caller's bytes; pruned.float.onnx what has been resized already."""
+    return f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx"
+
+
+def baked(work: Workbench, arm: str, form: str) -> Deployable:
+    return bake(read_tuned(work, arm), recipe=work.recipe, classifier=work.built.classifier, form=form)
+
+
+# --- export -------------------------------------------------------------------------------------------------------------
+
+
+def export_arms(work: Workbench) -> None:
+    """Every arm in every form: bake, export, parity; then the package around them."""
+    stages = [Stage("export", arm) for arm in work.recipe.arms]
+    if all(work.is_done(stage) for stage in stages):
+        return
+    recipe, folder = work.recipe, work.run / "export"
+    images = [work.source.val.read(i) for i in _spread(len(work.source.val), PARITY_IMAGES)]
+    share = VECTOR_BYTES // (len(recipe.arms) * len(recipe.export.forms))
+    vectors: dict[str, Vectors] = {}
+    for stage in stages:
+        with work.doing(stage):
+            parities = []
+            for form in recipe.export.forms:
+                name = file_name(stage.arm, form)
+                deployable = baked(work, stage.arm, form)
+                metadata = describe(
+                    recipe, arm=stage.arm, form=form, classes=work.source.classes, version=version("vpdeploy")
+                )
+                to_onnx(deployable, folder / name, opset=recipe.export.opset, metadata=metadata)
+                parity, vectors[name] = check_parity(deployable, folder / name, images=images, vector_bytes=share)
+                parities.append(parity)
+            run_folder.write_value(arm_file(work.run, "parity.json", stage.arm), Parities(tuple(parities)))
+    _keep_pictures(work)
+    write_package(
+        folder, vectors=vectors, classes=work.source.classes, recipe=recipe, version=version("vpdeploy")
+    )
+
+
+def _keep_pictures(work: Workbench) -> None:
+    """For the report: the pruned arm's prompt, [3, C, C], and the first validation image under it, uint8 [C, C, 3]."""
+    deployable = baked(work, "pruned", "float")
+    canvas, image = deployable.canvas, torch.from_numpy(work.source.val.read(0))[None]
+    if canvas.prompt is None:
+        (work.run / "prompt.npz").unlink(missing_ok=True)
+        return
+    with torch.inference_mode():
+        placed = canvas.place(resize(image, work.recipe.input.image_size, how=work.recipe.input.resize))[0]
+        pixels = (placed * 255).round().to(torch.uint8).permute(1, 2, 0)
+        arrays = {"prompt": canvas.prompt().numpy(), "canvas": pixels.numpy()}
+    run_folder.write_arrays(work.run / "prompt.npz", arrays)
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most ``count`` positions, evenly over 0 .. n-1."""
+    return [int(i) for i in np.unique(np.linspace(0, n - 1, min(n, count)).round())]
+
+
+# --- bench --------------------------------------------------------------------------------------------------------------
+
+
+def measure_arms(work: Workbench) -> None:
+    """Accuracy on the test split, MACs, parameters, bytes, latency and memory of every exported file."""
+    stage, recipe = Stage("bench"), work.recipe
+    if work.is_done(stage):
+        return
+    files = {
+        arm: {form: work.run / "export" / file_name(arm, form) for form in recipe.export.forms} for arm in recipe.arms
+    }
+    with work.doing(stage):
+        labels, predictions = _predictions(work, files)
+        latencies = measure_latencies(files, recipe=recipe)
+        for arm, forms in files.items():
+            right = predictions[arm] == labels
+            by_torch = float((predictions[f"torch {arm}"] == labels).mean())
+            _agree(arm, float(right.mean()), by_torch, n=len(labels))
+            network = baked(work, arm, "float").backbone
+            counted = count_macs(network, canvas_size=recipe.input.canvas)
+            height, width = recipe.bench.image_size
+            measurement = Measurement(
+                accuracy_top1=float(right.mean()),
+                accuracy_top1_interval=wilson(int(right.sum()), len(labels)),
+                accuracy_top1_torch=by_torch,
+                n=len(labels),
+                macs=counted.macs,
+                macs_uncounted=counted.uncounted,
+                macs_preprocessing=preprocessing_macs(
+                    height, width, image_size=recipe.input.image_size, resize_how=recipe.input.resize
+                ),
+                params=sum(p.numel() for p in network.parameters()),
+                file_bytes={form: path.stat().st_size for form, path in forms.items()},
+                latency=latencies[arm],
+                memory=measure_memories(forms, recipe=recipe),
+            )
+            run_folder.write_value(measurement_file(work.run, arm), measurement)
+        buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}
+        run_folder.write_arrays(work.run / "predictions.npz", buffer)
+
+
+def _predictions(work: Workbench, files: dict[str, dict[str, Path]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Labels of the test split and what every arm predicts, by its exported file and ("torch ARM") by torch."""
+    recipe, source = work.recipe, work.source.test
+    form = "uint8" if "uint8" in recipe.export.forms else "float"
+    threads = max(recipe.bench.threads)
+    predictors: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    for arm, forms in files.items():
+        predictors[arm] = _from_bytes(predictor(forms[form], form, threads=threads), form, recipe)
+        predictors[f"torch {arm}"] = _from_bytes(_by_torch(baked(work, arm, form)), form, recipe)
+    batches = raw_batches(source, max_bad=recipe.data.on_bad_image, batch_size=TEST_BATCH)
+    total = -(-len(source) // TEST_BATCH)
+    with work.display.bar(batches, label="test images", total=total) as bar:
+        return walk(bar, predictors=predictors)
+
+
+def _from_bytes(predict: Callable[[np.ndarray], np.ndarray], form: str, recipe: Recipe) -> Callable[[np.ndarray], np.ndarray]:
+    """``predict`` behind the deployed resize, where the form leaves that to the caller."""
+    if form == "uint8":
+        return predict
+    size, how = recipe.input.image_size, recipe.input.resize
+    return lambda images: predict(resize(torch.from_numpy(images), size, how=how).numpy())
+
+
+def _by_torch(deployable: Deployable) -> Callable[[np.ndarray], np.ndarray]:
+    def predict(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return deployable(torch.from_numpy(images)).argmax(dim=1).numpy()
+
+    return predict
+
+
+def _agree(arm: str, by_file: float, by_torch: float, *, n: int) -> None:
+    if disagreement(by_file, by_torch, n=n):
+        raise ParityError(
+            f"{arm}: the exported file scores {by_file:.2%} on the test split and torch {by_torch:.2%}; expected the same "
+            f"within {max(0.001, 1 / n):.2%}: export again, and report this if it stays"
+        )

@@ -1,0 +1,166 @@
+"""What every stage reads, and so when it has to be done again.
+
+A stage's key is the hash of the recipe values and input files that it and the stages before it read. A stage whose key is
+in the run folder's ledger is done. A changed key redoes cheap stages at once; for stages that train it is an error, unless
+--redo names the stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpdeploy.errors import RecipeError, RunFolderError
+from vpdeploy.recipe import Recipe, flatten, parse_recipe
+from vpdeploy.run_folder import read_bytes, write_bytes
+
+ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench", "report")
+
+_NETWORK = ("model", "input")
+_FIT = ("seed", "data", "fit", "compute", *_NETWORK)
+_SEARCH = (*_FIT, "prompt", "search", "budget")
+# Keys that change what is done, never what comes out of a training stage.
+_NOT_READ = ("data.limit_test", "data.download", "compute.workers", "compare.arms")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one arm. ``kind`` is in ORDER; ``arm`` is empty for stages that all arms share."""
+
+    kind: str
+    arm: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.arm}" if self.arm else self.kind
+
+
+def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """Every recipe value that decides what ``stage`` gives, its predecessors' values included."""
+    tables: tuple[str, ...]
+    pruned, prompted = stage.arm.startswith("pruned"), stage.arm in ("pruned", "dense+prompt")
+    base = _SEARCH if pruned else (*_FIT, "prompt") if prompted else _FIT
+    if stage.kind == "groups":
+        tables = _NETWORK
+    elif stage.kind == "fit":
+        tables = _FIT
+    elif stage.kind in ("search", "cut"):
+        tables = base
+    elif stage.kind == "tune":
+        tables = (*base, "tune")
+    elif stage.kind == "export":
+        tables = (*base, "tune", "export")
+    else:
+        tables = (*_SEARCH, "tune", "export", "bench")
+    read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
+    if stage.arm == "pruned-prompt":
+        read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
+    if stage.kind in ("bench", "report"):
+        read |= {"data.limit_test": recipe.data.limit_test, "compare.arms": list(recipe.arms)}
+    return read
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Which stages of a run were begun and finished, and with what, in ``path`` (stages.json).
+
+    ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}.
+    """
+
+    path: Path
+    inputs: Mapping[str, str]
+
+    def key(self, stage: Stage, recipe: Recipe) -> str:
+        """A hash of everything that decides what ``stage`` gives."""
+        return hashlib.sha256(json.dumps(self._reads(stage, recipe), sort_keys=True).encode()).hexdigest()
+
+    def is_done(self, stage: Stage, recipe: Recipe) -> bool:
+        entry = self._entries().get(stage.name)
+        return entry is not None and entry["finished"] and entry["reads"] == self._reads(stage, recipe)
+
+    def begin(self, stage: Stage, recipe: Recipe) -> None:
+        self._write({**self._entries(), stage.name: {"finished": False, "reads": self._reads(stage, recipe)}})
+
+    def finish(self, stage: Stage, recipe: Recipe) -> None:
+        self._write({**self._entries(), stage.name: {"finished": True, "reads": self._reads(stage, recipe)}})
+
+    def forget(self, kind: str) -> list[str]:
+        """Forget every stage of ``kind`` and all that come after; gives their names."""
+        entries = self._entries()
+        gone = [name for name in entries if ORDER.index(name.partition(":")[0]) >= ORDER.index(kind)]
+        self._write({name: entry for name, entry in entries.items() if name not in gone})
+        return gone
+
+    def changes(self, stage: Stage, recipe: Recipe) -> list[str]:
+        """What differs from when ``stage`` was begun, a phrase each; empty when nothing does, or it never was."""
+        entry = self._entries().get(stage.name)
+        if entry is None:
+            return []
+        before, now = entry["reads"], self._reads(stage, recipe)
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return [
+            f"the {key} changed" if key.startswith("contents") else f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in keys
+        ]
+
+    def refuse_retraining(self, recipe: Recipe, *, run: Path) -> None:
+        """Raises: RunFolderError when a training stage was begun with other values: what it learned would be lost."""
+        for stage in training_stages(recipe):
+            changes = self.changes(stage, recipe)
+            if changes:
+                shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
+                raise RunFolderError(
+                    f"{run}: holds another recipe's run: {shown}. Going on would train {stage.name!r} again: choose "
+                    f"another folder with -o, or train again from there with --redo {stage.kind}"
+                )
+
+    def _reads(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
+        inputs = {f"contents of {name}": value for name, value in self.inputs.items()}
+        return json.loads(json.dumps({**values_read(stage, recipe), **inputs}))  # as it comes back from disk
+
+    def _entries(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            return json.loads(read_bytes(self.path))
+        except ValueError as e:
+            raise RunFolderError(f"{self.path}: damaged: {e}; choose another folder with -o") from e
+
+    def _write(self, entries: Mapping[str, Any]) -> None:
+        write_bytes(self.path, json.dumps(entries, indent=1).encode())
+
+
+def training_stages(recipe: Recipe) -> list[Stage]:
+    """Every stage that trains, in order."""
+    pruned = [arm for arm in recipe.arms if arm.startswith("pruned")]
+    return [Stage("fit"), *(Stage("search", arm) for arm in pruned), *(Stage("tune", arm) for arm in recipe.arms)]
+
+
+def arm_file(run: Path, name: str, arm: str) -> Path:
+    """Where a value of an arm lies: the files of the arm "pruned" carry no arm in their name."""
+    stem, dot, suffix = name.partition(".")
+    return run / (name if arm == "pruned" else f"{stem}.{arm}{dot}{suffix}")
+
+
+def measurement_file(run: Path, arm: str) -> Path:
+    return run / "measured" / f"{arm}.json"
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The settled recipe of a run.
+
+    Raises: RunFolderError when ``run`` is no run folder.
+    """
+    path = run / "recipe.toml"
+    if not path.exists():
+        raise RunFolderError(f"{run}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` makes it")
+    try:
+        raw = tomllib.loads(read_bytes(path).decode())
+    except ValueError as e:
+        raise RecipeError(str(path), [f"not valid TOML: {e}"]) from e
+    return parse_recipe(raw, where=str(path), folder=run.resolve())

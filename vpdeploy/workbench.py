@@ -1,0 +1,206 @@
+"""A run, opened: its settled recipe, its data and network, and what its stages left on disk."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from vpdeploy import run_folder
+from vpdeploy.data.prepared import prepare
+from vpdeploy.data.sources import DataSource, open_source
+from vpdeploy.errors import RunFolderError
+from vpdeploy.measure.environment import environment
+from vpdeploy.models.build import Built, build, check_forward
+from vpdeploy.progress import Display
+from vpdeploy.recipe import CHECKPOINT_SUFFIXES, Recipe, dump_recipe, flatten, with_values
+from vpdeploy.run_folder import Journal
+from vpdeploy.stages import Ledger, Stage, arm_file, read_recipe
+from vpdeploy.surgery.cut import cut
+from vpdeploy.training.compute import choose_compute
+from vpdeploy.training.network import Compute, TrainingData
+from vpdeploy.values import Dense, PrunePlan, Tuned
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every stage of a run needs. ``training_data`` and ``compute`` are made when first asked for."""
+
+    run: Path
+    recipe: Recipe
+    source: DataSource
+    built: Built
+    ledger: Ledger
+    display: Display
+    training_data: Callable[[], TrainingData]
+    compute: Callable[[], Compute]
+
+    def is_done(self, stage: Stage) -> bool:
+        return self.ledger.is_done(stage, self.recipe)
+
+    @contextmanager
+    def doing(self, stage: Stage) -> Iterator[None]:
+        """Note that ``stage`` has begun and, when the block ends well, that its result is on disk."""
+        self.ledger.begin(stage, self.recipe)
+        self.display.say(f"{stage.name} ...")
+        yield
+        self.ledger.finish(stage, self.recipe)
+        self.state_file(stage).unlink(missing_ok=True)
+
+    def state_file(self, stage: Stage) -> Path:
+        return self.run / "state" / f"{stage.name.replace(':', '.')}.pt"
+
+    def journal(self, stage: Stage) -> Journal:
+        key = self.ledger.key(stage, self.recipe)
+        journal = Journal(stage.name, key, self.state_file(stage), self.run / "history.jsonl")
+        if journal.resume() is None:
+            run_folder.drop_history(journal.history_file, stage.name)
+        return journal
+
+
+def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Display) -> Workbench:
+    """Settle ``recipe`` (every "auto" decided, as before where the run has begun) and open its data and network.
+
+    Raises: RunFolderError when the folder holds another recipe's run; DataError, ModelError for what does not fit.
+    """
+    source = open_source(recipe.data, seed=recipe.seed)
+    begun = read_recipe(run) if (run / "recipe.toml").exists() else None
+    recipe = recipe if begun is None else _as_before(recipe, begun)
+    ledger = Ledger(run / "stages.json", _fingerprints(recipe, source))
+    if redo is not None:
+        for name in ledger.forget(redo):
+            (run / "state" / f"{name.replace(':', '.')}.pt").unlink(missing_ok=True)
+    ledger.refuse_retraining(recipe, run=run)
+    about = run_folder.read_network(run / "source.safetensors")[2] if (run / "source.safetensors").exists() else {}
+    fresh = not ledger.is_done(Stage("fit"), recipe)
+    built = build(
+        recipe.model,
+        classes=len(source.classes),
+        seed=recipe.seed,
+        with_weights=fresh,
+        source_classes=None if fresh else about["source_classes"],
+    )
+    if fresh:
+        outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
+        check_forward(built.backbone, canvas_size=recipe.input.canvas, classes=outputs)
+    recipe = _settle(recipe, built)
+    run_folder.write_bytes(run / "recipe.toml", dump_recipe(recipe).encode())
+    return Workbench(
+        run=run,
+        recipe=recipe,
+        source=source,
+        built=built,
+        ledger=ledger,
+        display=display,
+        training_data=cache(lambda: _training_data(source, recipe, run=run, display=display)),
+        compute=cache(lambda: choose_compute(built.backbone, recipe=recipe)),
+    )
+
+
+def note_environment(run: Path, command: str) -> None:
+    """Write down where and by what words the run was made, for its report."""
+    noted = {"schema": run_folder.SCHEMA, "command": command, "environment": environment()}
+    run_folder.write_bytes(run / "environment.json", json.dumps(noted, indent=1).encode())
+
+
+def _as_before(recipe: Recipe, begun: Recipe) -> Recipe:
+    """``recipe`` with every "auto" as it was settled when the run began."""
+    now, before = flatten(recipe), flatten(begun)
+    return with_values(recipe, {key: before[key] for key, value in now.items() if value == "auto" and before[key] != "auto"})
+
+
+def _settle(recipe: Recipe, built: Built) -> Recipe:
+    values: dict[str, object] = {"model.head": built.head}
+    if recipe.fit.what == "auto":
+        values["fit.what"] = "all" if recipe.model.weights is None else "head" if built.head == "replace" else "none"
+    if recipe.compute.workers == "auto":
+        values["compute.workers"] = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+    if "auto" in (recipe.compute.device, recipe.compute.precision, recipe.compute.channels_last):
+        compute = choose_compute(built.backbone, recipe=recipe)
+        values |= {
+            "compute.device": str(compute.device),
+            "compute.precision": "bf16" if compute.bf16 else "fp32",
+            "compute.channels_last": "yes" if compute.channels_last else "no",
+        }
+    return with_values(recipe, values)
+
+
+def _fingerprints(recipe: Recipe, source: DataSource) -> dict[str, str]:
+    """What identifies the files that a recipe names."""
+    found = {"data": source.fingerprint}
+    if recipe.model.weights and recipe.model.weights.endswith(CHECKPOINT_SUFFIXES):
+        found["model.weights"] = _sha256(Path(recipe.model.weights))
+    file, _, _ = recipe.model.name.rpartition(":")
+    if file.endswith(".py"):
+        found["model.name"] = _sha256(Path(file))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        return "missing"  # whoever reads it says so
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Display) -> TrainingData:
+    table, workers = recipe.data, recipe.compute.workers
+    assert isinstance(workers, int), "settled"
+    train, val = (
+        prepare(refs, recipe.input, max_bad=table.on_bad_image, workers=workers, display=display, label=label)
+        for refs, label in ((source.train, "training images"), (source.val, "validation images"))
+    )
+    run_folder.write_bytes(run / "skipped.txt", "".join(f"{line}\n" for line in (*train.skipped, *val.skipped)).encode())
+    return TrainingData(train, val)
+
+
+# --- what stages leave on disk --------------------------------------------------------------------------------------
+
+
+def write_dense(work: Workbench, dense: Dense) -> None:
+    about = {
+        "label_map": dense.label_map,
+        "classifier": work.built.classifier,
+        "source_classes": work.built.source_classes,
+    }
+    run_folder.write_network(work.run / "source.safetensors", dense.backbone.state_dict(), prompt={}, about=about)
+
+
+def read_dense(work: Workbench) -> Dense:
+    state, _, about = run_folder.read_network(work.run / "source.safetensors")
+    return Dense(_filled(work.built.backbone, state), run_folder.as_label_map(about["label_map"]))
+
+
+def write_tuned(run: Path, arm: str, tuned: Tuned) -> None:
+    about = {"label_map": tuned.label_map}
+    run_folder.write_network(run / f"{arm}.safetensors", tuned.backbone.state_dict(), prompt=tuned.prompt, about=about)
+
+
+def read_tuned(work: Workbench, arm: str) -> Tuned:
+    """An arm from its tensors and, for a pruned one, its plan: no pickled module is ever needed.
+
+    Raises: RunFolderError when the arm has not been tuned yet.
+    """
+    path = work.run / f"{arm}.safetensors"
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; the arm {arm!r} is not tuned yet: run `vpdeploy prune` first")
+    state, prompt, about = run_folder.read_network(path)
+    skeleton = work.built.backbone
+    if arm.startswith("pruned"):
+        skeleton = cut(skeleton, run_folder.read_value(arm_file(work.run, "plan.json", arm), PrunePlan))
+    return Tuned(_filled(skeleton, state), prompt, run_folder.as_label_map(about["label_map"]))
+
+
+def _filled(skeleton: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    backbone = copy.deepcopy(skeleton)
+    backbone.load_state_dict(state)
+    return backbone.eval()
