@@ -185,7 +185,8 @@ def test_the_file_is_alone_complete_and_free_of_traces_of_training_and_of_this_m
         constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         assert (3, CANVAS, CANVAS) in constants.values()
     folder = exported["float", "stretch"][1].parent
-    assert {path.name for path in folder.iterdir()} == {f"{how}.{form}.onnx" for form, how in EXPORTS}  # no .data, no temporary file
+    expected = {f"{how}.{form}.onnx" for form, how in EXPORTS}
+    assert {path.name for path in folder.iterdir()} == expected  # no .data, no temporary file
 
 
 def test_exporting_again_gives_the_same_bytes(exported, tmp_path):

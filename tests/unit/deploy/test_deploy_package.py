@@ -279,7 +279,7 @@ def test_compare_measures_relative_to_the_largest_and_lets_near_ties_differ():
     got = expected + np.array([[0, -0.001, 0.001], [0, 0, 0]])
     agreement = compare(expected, got)
     assert agreement.relative_error == pytest.approx(0.001 / 4)
-    assert (agreement.images, agreement.same_top1, agreement.wrong_top1) == (2, 1, 0)  # a tie within ten times the error
+    assert (agreement.images, agreement.same_top1, agreement.wrong_top1) == (2, 1, 0)  # a near tie
     assert compare(np.array([[0.0, 1.0]]), np.array([[1.0, 0.9]])).relative_error == 1.0
     for broken in (float("nan"), float("inf")):
         agreement = compare(np.array([[1.0, 9.0]]), np.array([[1.0, broken]]))
