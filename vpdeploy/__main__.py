@@ -1,0 +1,5 @@
+"""``python -m vpdeploy``: the command line without an installed script."""
+
+from vpdeploy.cli import main
+
+main()
