@@ -29,17 +29,25 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe in TOML, such as recipes/quickstart.toml")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="a recipe in TOML, such as recipes/quickstart.toml")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, as `vpdeploy run` or `prune` made it")]
 RunOption = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="RUN", help="the run folder; otherwise runs/ and the recipe's name")
+    Path | None,
+    typer.Option("-o", "--output", metavar="RUN", help="the run folder; otherwise runs/ and the recipe's name"),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as tune.epochs=3; repeatable")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as tune.epochs=3; repeatable"),
 ]
 RedoOption = Annotated[
     str | None,
-    typer.Option("--redo", metavar="STAGE", help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench"),
+    typer.Option(
+        "--redo",
+        metavar="STAGE",
+        help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
+    ),
 ]
 
 
@@ -75,7 +83,9 @@ def _command() -> str:
 
 
 @app.command(name="run", rich_help_panel="The road")
-def run_command(recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None) -> None:
+def run_command(
+    recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None
+) -> None:
     """Do everything: prune, export, bench, report. Interrupted, the same command goes on where it stopped."""
     loaded, folder = load_recipe(recipe, set_ or []), _folder(recipe, output)
     from vpdeploy.pipeline import run
@@ -135,7 +145,11 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Tell every problem of a recipe at once, with the key and what to do. Nothing is run."""
     loaded = load_recipe(recipe, set_ or [])
     arms = ", ".join(loaded.arms)
-    out.print(f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {loaded.budget.kind} {loaded.budget.ratio:g}, arms {arms}", soft_wrap=True, highlight=False)
+    out.print(
+        f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {loaded.budget.kind} {loaded.budget.ratio:g}, arms {arms}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @app.command(rich_help_panel="Before")
@@ -155,10 +169,12 @@ def inspect(
         _print_inspection(found)
 
 
-def _print_inspection(found) -> None:  # noqa: ANN001  (its type lives in a module that imports torch)
+def _print_inspection(found) -> None:
     table = Table("group", "width", "share of MACs", "narrowest", "status", "reason", title=found.model)
     for row in found.groups:
-        status = {"exact": "[green]exact[/]", "approximate": "[yellow]approximate[/]"}.get(row.status, f"[red]{row.status}[/]")
+        status = {"exact": "[green]exact[/]", "approximate": "[yellow]approximate[/]"}.get(
+            row.status, f"[red]{row.status}[/]"
+        )
         table.add_row(row.root, str(row.width), f"{row.macs_share:.1%}", str(row.narrowest), status, _plain(row.reason))
     out.print(table)
     out.print(
@@ -184,7 +200,11 @@ def predict(
 
 
 @app.command(rich_help_panel="After")
-def verify(folder: Annotated[Path, typer.Argument(metavar="RUN_OR_FOLDER", help="a run folder, or its export folder anywhere")]) -> None:
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FOLDER", help="a run folder, or its export folder anywhere")
+    ],
+) -> None:
     """Check the exported files on this machine, without torch: checksums, and outputs on the stored test vectors."""
     from vpdeploy.deploy.verify import VerifyError
     from vpdeploy.deploy.verify import verify as verify_folder
@@ -203,4 +223,3 @@ def _stage(redo: str | None) -> str | None:
     if redo is not None and redo not in ORDER:
         raise VpdeployError(f"--redo: got {redo!r}; expected one of {', '.join(ORDER)}")
     return redo
-

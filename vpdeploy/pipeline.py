@@ -8,7 +8,10 @@ dense+prompt skip search and cut; everything else they share.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from vpdeploy import run_folder
 from vpdeploy.progress import Display
@@ -166,7 +169,7 @@ def planned(
     return run_folder.read_value(path, PrunePlan)
 
 
-def tuned(work: Workbench, arm: str, start: Dense, *, prompt: dict) -> None:
+def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tensor]) -> None:
     """Stage 2: weights and prompt of one arm, on the same schedule as every other arm."""
     stage, ships = Stage("tune", arm), work.recipe.prompt.pixels.stages != "search"
     if not work.is_done(stage):

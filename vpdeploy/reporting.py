@@ -71,9 +71,7 @@ def _differences(run: Path, arms: Iterable[str]) -> dict[str, AccuracyDifference
     arrays = run_folder.read_arrays(run / "predictions.npz")
     labels, dense = arrays["labels"], arrays["dense"]
     return {
-        arm: paired_difference(
-            dense == labels, arrays[arm] == labels, predictions_a=dense, predictions_b=arrays[arm]
-        )
+        arm: paired_difference(dense == labels, arrays[arm] == labels, predictions_a=dense, predictions_b=arrays[arm])
         for arm in arms
     }
 

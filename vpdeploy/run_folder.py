@@ -96,7 +96,9 @@ def load(kind: type[T], content: bytes, *, where: str) -> T:
             raise RunFolderError(f"{where}: got schema {schema}; expected {SCHEMA}: it was written by another version")
         return TypeAdapter(kind).validate_python(plain)
     except (ValueError, AttributeError, ValidationError) as e:
-        raise RunFolderError(f"{where}: damaged: {str(e).splitlines()[0]}; remove it and run the same command again") from e
+        raise RunFolderError(
+            f"{where}: damaged: {str(e).splitlines()[0]}; remove it and run the same command again"
+        ) from e
 
 
 def write_value(path: Path, value: object) -> None:

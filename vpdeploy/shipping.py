@@ -68,9 +68,7 @@ def export_arms(work: Workbench) -> None:
                 parities.append(parity)
             run_folder.write_value(arm_file(work.run, "parity.json", stage.arm), Parities(tuple(parities)))
     _keep_pictures(work)
-    write_package(
-        folder, vectors=vectors, classes=work.source.classes, recipe=recipe, version=version("vpdeploy")
-    )
+    write_package(folder, vectors=vectors, classes=work.source.classes, recipe=recipe, version=version("vpdeploy"))
 
 
 def _keep_pictures(work: Workbench) -> None:
@@ -148,7 +146,9 @@ def _predictions(work: Workbench, files: dict[str, dict[str, Path]]) -> tuple[np
         return walk(bar, predictors=predictors)
 
 
-def _from_bytes(predict: Callable[[np.ndarray], np.ndarray], form: str, recipe: Recipe) -> Callable[[np.ndarray], np.ndarray]:
+def _from_bytes(
+    predict: Callable[[np.ndarray], np.ndarray], form: str, recipe: Recipe
+) -> Callable[[np.ndarray], np.ndarray]:
     """``predict`` behind the deployed resize, where the form leaves that to the caller."""
     if form == "uint8":
         return predict

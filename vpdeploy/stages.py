@@ -104,7 +104,9 @@ class Ledger:
         before, now = entry["reads"], self._reads(stage, recipe)
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return [
-            f"the {key} changed" if key.startswith("contents") else f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            f"the {key} changed"
+            if key.startswith("contents")
+            else f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in keys
         ]
 
@@ -158,7 +160,9 @@ def read_recipe(run: Path) -> Recipe:
     """
     path = run / "recipe.toml"
     if not path.exists():
-        raise RunFolderError(f"{run}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` makes it")
+        raise RunFolderError(
+            f"{run}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` makes it"
+        )
     try:
         raw = tomllib.loads(read_bytes(path).decode())
     except ValueError as e:

@@ -115,7 +115,9 @@ def note_environment(run: Path, command: str) -> None:
 def _as_before(recipe: Recipe, begun: Recipe) -> Recipe:
     """``recipe`` with every "auto" as it was settled when the run began."""
     now, before = flatten(recipe), flatten(begun)
-    return with_values(recipe, {key: before[key] for key, value in now.items() if value == "auto" and before[key] != "auto"})
+    return with_values(
+        recipe, {key: before[key] for key, value in now.items() if value == "auto" and before[key] != "auto"}
+    )
 
 
 def _settle(recipe: Recipe, built: Built) -> Recipe:
@@ -123,7 +125,9 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
     if recipe.fit.what == "auto":
         values["fit.what"] = "all" if recipe.model.weights is None else "head" if built.head == "replace" else "none"
     if recipe.compute.workers == "auto":
-        values["compute.workers"] = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+        values["compute.workers"] = (
+            len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+        )
     if "auto" in (recipe.compute.device, recipe.compute.precision, recipe.compute.channels_last):
         compute = choose_compute(built.backbone, recipe=recipe)
         values |= {
@@ -159,7 +163,9 @@ def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Di
         prepare(refs, recipe.input, max_bad=table.on_bad_image, workers=workers, display=display, label=label)
         for refs, label in ((source.train, "training images"), (source.val, "validation images"))
     )
-    run_folder.write_bytes(run / "skipped.txt", "".join(f"{line}\n" for line in (*train.skipped, *val.skipped)).encode())
+    run_folder.write_bytes(
+        run / "skipped.txt", "".join(f"{line}\n" for line in (*train.skipped, *val.skipped)).encode()
+    )
     return TrainingData(train, val)
 
 

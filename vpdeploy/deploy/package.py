@@ -20,7 +20,7 @@ SCHEMA = 1
 # the 1e-4 of parity on one machine, far narrower than any damaged weight.
 TOLERANCE = 1e-3
 
-UINT8_SNIPPET = '''\
+UINT8_SNIPPET = """\
 import numpy as np
 import onnxruntime
 from PIL import Image
@@ -31,9 +31,9 @@ image = np.asarray(Image.open("photo.jpg").convert("RGB"))      # uint8 [h, w, 3
 logits = session.run(["logits"], {{"image": image[None]}})[0]     # float32 [1, {k}]
 for i in np.argsort(-logits[0])[:5]:
     print(classes[i], logits[0][i])
-'''
+"""
 
-FLOAT_SNIPPET = '''\
+FLOAT_SNIPPET = """\
 import numpy as np
 import onnxruntime
 from PIL import Image
@@ -46,13 +46,13 @@ image = np.asarray(photo, dtype=np.float32).transpose(2, 0, 1) / 255      # floa
 logits = session.run(["logits"], {{"image": image[None]}})[0]              # float32 [1, {k}]
 for i in np.argsort(-logits[0])[:5]:
     print(classes[i], logits[0][i])
-'''
+"""
 
-CROP_LINES = '''\
+CROP_LINES = """\
 side = min(photo.size)
 left, top = ((length - side) // 2 for length in photo.size)
 photo = photo.crop((left, top, left + side, top + side))
-'''
+"""
 
 
 def write_package(

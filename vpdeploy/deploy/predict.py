@@ -25,9 +25,7 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def predict(
-    path: Path, images: Sequence[Path], *, top: int = 5, max_pixels: int = MAX_PIXELS
-) -> list[Prediction]:
+def predict(path: Path, images: Sequence[Path], *, top: int = 5, max_pixels: int = MAX_PIXELS) -> list[Prediction]:
     """What the exported file at ``path`` takes each image for, in the order given.
 
     Raises: VpdeployError when the file is missing, damaged or not from vpdeploy; DataError when an image cannot be

@@ -21,7 +21,13 @@ class Canvas(nn.Module):
     std: Tensor
 
     def __init__(
-        self, image_size: int, canvas_size: int, *, mean: Sequence[float], std: Sequence[float], prompt: nn.Module | None
+        self,
+        image_size: int,
+        canvas_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        prompt: nn.Module | None,
     ):
         super().__init__()
         before = (canvas_size - image_size) // 2

@@ -25,7 +25,9 @@ class PadPrompt(nn.Module):
 
     def forward(self) -> Tensor:
         """The prompt on its canvas: [3, C, C], zero inside the frame."""
-        middle = F.pad(self.left, (0, self.top.shape[2] - self.size)) + F.pad(self.right, (self.top.shape[2] - self.size, 0))
+        middle = F.pad(self.left, (0, self.top.shape[2] - self.size)) + F.pad(
+            self.right, (self.top.shape[2] - self.size, 0)
+        )
         return torch.cat([self.top, middle, self.bottom], dim=1)
 
 

@@ -75,7 +75,9 @@ def build_selector(
         for kept in allowed_widths(group.width, round_to=round_to, max_removal=max_removal):
             blocks.append((int(starts[number]) + edge, number, kept - edge, edge == 0))
             edge = kept
-    place, owner, size, must = (np.array(column) for column in zip(*blocks, strict=True)) if blocks else [np.array([], int)] * 4
+    place, owner, size, must = (
+        (np.array(column) for column in zip(*blocks, strict=True)) if blocks else [np.array([], int)] * 4
+    )
     selector = Selector(
         roots=tuple(group.root for group in groups),
         group_of=np.repeat(np.arange(len(groups)), widths),
@@ -147,7 +149,9 @@ def select_row(selector: Selector, scores: Array) -> Bools:
 
 def select(selector: Selector, scores: Mapping[str, Array]) -> Selection:
     """The mask for ``scores`` (root -> [g]) and how near it came to the budget."""
-    row = np.concatenate([np.asarray(scores[root], float) for root in selector.roots]) if selector.roots else np.zeros(0)
+    row = (
+        np.concatenate([np.asarray(scores[root], float) for root in selector.roots]) if selector.roots else np.zeros(0)
+    )
     stays = select_row(selector, row) if selector.roots else np.zeros(0, bool)
     parts = np.split(stays, selector.starts[1:]) if selector.roots else []
     mask = ChannelMask({root: tuple(bool(k) for k in part) for root, part in zip(selector.roots, parts, strict=True)})

@@ -66,7 +66,9 @@ def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, exa
                 if name in number:
                     divisor = _conv_groups(twin, name) if member.side == "in" else 1
                     share[number[name], axis, column] += len(member.indices) / divisor / group.width
-    return _compress(share, length, positions=np.array([positions.get(name, 0) for name in parameters], float), groups=groups)
+    return _compress(
+        share, length, positions=np.array([positions.get(name, 0) for name in parameters], float), groups=groups
+    )
 
 
 def _compress(share: Array, length: Array, *, positions: Array, groups: Sequence[ChannelGroup]) -> CostModel:

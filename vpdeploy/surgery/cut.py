@@ -40,7 +40,9 @@ def _check_fit(backbone: nn.Module, plan: PrunePlan) -> None:
     have, want = tensor_shapes(backbone), plan.fits
     wrong = [f"{name} is missing" for name in want if name not in have]
     wrong += [f"{name} is not in the plan" for name in have if name not in want]
-    wrong += [f"{n} is {have[n]}, planned for {tuple(want[n])}" for n in want if n in have and have[n] != tuple(want[n])]
+    wrong += [
+        f"{n} is {have[n]}, planned for {tuple(want[n])}" for n in want if n in have and have[n] != tuple(want[n])
+    ]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise SurgeryError(

@@ -48,7 +48,10 @@ def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> Ch
     if len(accepted) < len(candidates) and accepted:
         together = _verdict(bench, accepted)
         if together.status != "exact":  # exact alone, not together: nothing can be promised
-            verdicts |= {g.root: replace(g, status="excluded", reason=f"together with others {together.reason}") for g in accepted}
+            verdicts |= {
+                g.root: replace(g, status="excluded", reason=f"together with others {together.reason}")
+                for g in accepted
+            }
     return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
@@ -78,7 +81,9 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup]) -> ChannelGroup:
             small = cut(bench.redrawn, plan(bench.backbone, groups, mask, example=bench.x.float()))
             removed = small(bench.x)
     except Exception as e:  # torch-pruning, or a forward that does not take the new widths
-        reason = f"removing its channels fails: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        reason = (
+            f"removing its channels fails: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        )
         return replace(groups[0], status="excluded", reason=reason)
     difference, control = relative_difference(masked, removed), relative_difference(bench.full, masked)
     if not difference <= EXACT:
@@ -173,6 +178,7 @@ def certify(
         )
     widths = selection.mask.widths()
     records = tuple(
-        GroupRecord(g.root, g.width, widths.get(g.root, g.width), g.status, g.reason, g.difference) for g in groups.groups
+        GroupRecord(g.root, g.width, widths.get(g.root, g.width), g.status, g.reason, g.difference)
+        for g in groups.groups
     )
     return Certificate(agreement, len(canvas), selection.budget, selection.requested, selection.reached, records)

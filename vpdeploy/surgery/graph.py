@@ -68,9 +68,15 @@ def _describe(network: nn.Module) -> str:
     return f"network {type(network).__name__}"
 
 
+def _pruner(graph: tp.DependencyGraph, module: nn.Module) -> tp.BasePruningFunc:
+    pruner = graph.get_pruner_of_module(module)
+    assert pruner is not None, f"torch-pruning has no rule for {type(module).__name__}"
+    return pruner
+
+
 def side_of(graph: tp.DependencyGraph, module: nn.Module, handler: Callable[..., object]) -> Side:
     """Whether pruning ``module`` by ``handler`` touches its outputs, its inputs or, for what passes channels through, both."""
-    pruner = graph.get_pruner_of_module(module)
+    pruner = _pruner(graph, module)
     if pruner.prune_out_channels == pruner.prune_in_channels:
         return "both"
     return "out" if handler == pruner.prune_out_channels else "in"
@@ -81,7 +87,7 @@ def remove(graph: tp.DependencyGraph, root: nn.Module, channels: Sequence[int]) 
 
     Raises: SurgeryError when that would empty a layer.
     """
-    group = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, list(channels))
+    group = graph.get_pruning_group(root, _pruner(graph, root).prune_out_channels, list(channels))
     if not graph.check_pruning_group(group):
         raise SurgeryError(f"removing {len(channels)} channels would empty a layer")
     group.prune()

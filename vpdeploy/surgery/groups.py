@@ -89,7 +89,7 @@ def _exclude_overlaps(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
     """An index that two groups claim cannot be removed by either alone: the later one is excluded."""
     owner: dict[tuple[str, Side, int], str] = {}
     for group in groups:
-        claims = [(m.module, m.side, i) for m in group.members for i in m.indices]
+        claims: list[tuple[str, Side, int]] = [(m.module, m.side, i) for m in group.members for i in m.indices]
         taken = next((owner[claim] for claim in claims if claim in owner), None)
         if taken is not None and group.status != "excluded":
             group = replace(group, status="excluded", reason=f"it shares channels with the group of {taken}")

@@ -30,7 +30,9 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
         reason = str(e).splitlines()[0]
-        raise VpdeployError(f"compute.device: got {name!r}, which is not usable here ({reason}); expected 'auto' or 'cpu'") from e
+        raise VpdeployError(
+            f"compute.device: got {name!r}, which is not usable here ({reason}); expected 'auto' or 'cpu'"
+        ) from e
     return device
 
 
@@ -40,7 +42,9 @@ def choose_compute(backbone: nn.Module, *, recipe: Recipe) -> Compute:
     device = find_device(table.device)
     precisions = {"auto": (False, True), "fp32": (False,), "bf16": (True,)}[table.precision]
     layouts = {"auto": (False, True), "no": (False,), "yes": (True,)}[table.channels_last]
-    candidates = [Compute(device, bf16, last) for bf16 in precisions for last in layouts if last or not bf16 or len(layouts) == 1]
+    candidates = [
+        Compute(device, bf16, last) for bf16 in precisions for last in layouts if last or not bf16 or len(layouts) == 1
+    ]
     if len(candidates) == 1:
         return candidates[0]
     seconds = [_step_seconds(backbone, recipe, candidate) for candidate in candidates]
@@ -50,9 +54,13 @@ def choose_compute(backbone: nn.Module, *, recipe: Recipe) -> Compute:
 
 def _step_seconds(backbone: nn.Module, recipe: Recipe, compute: Compute) -> float:
     """Median seconds of one training step at the tuning batch size."""
-    network = Prompted(build_canvas(recipe, prompted=False), copy.deepcopy(backbone).requires_grad_(True), compute).train()
+    network = Prompted(
+        build_canvas(recipe, prompted=False), copy.deepcopy(backbone).requires_grad_(True), compute
+    ).train()
     side = recipe.input.image_size
-    images = torch.rand(recipe.tune.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(compute.device)
+    images = torch.rand(recipe.tune.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
+        compute.device
+    )
     labels = torch.zeros(recipe.tune.batch_size, dtype=torch.int64, device=compute.device)
     times: list[float] = []
     began = time.perf_counter()

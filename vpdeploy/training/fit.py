@@ -20,7 +20,14 @@ from vpdeploy.values import Dense
 
 
 def fit(
-    backbone: nn.Module, data: TrainingData, *, recipe: Recipe, classifier: str, compute: Compute, journal: Journal, display: Display
+    backbone: nn.Module,
+    data: TrainingData,
+    *,
+    recipe: Recipe,
+    classifier: str,
+    compute: Compute,
+    journal: Journal,
+    display: Display,
 ) -> Dense:
     """Train all of ``backbone``, its head, or nothing, as the recipe's ``fit.what`` (resolved) says; it is unchanged.
 
@@ -59,7 +66,9 @@ def label_map_of(network: Prompted) -> tuple[int, ...] | None:
     return None if network.label_map is None else tuple(int(i) for i in network.label_map)
 
 
-def map_by_frequency(network: Prompted, data: TrainingData, *, classifier: str, values: tuple[torch.Tensor, ...] = ()) -> tuple[int, ...]:
+def map_by_frequency(
+    network: Prompted, data: TrainingData, *, classifier: str, values: tuple[torch.Tensor, ...] = ()
+) -> tuple[int, ...]:
     """The frequency label map of ``network`` as it is, over the training images without augmentation."""
     # A gated network keeps its backbone one level down; the classifier's outputs are never cut, so either count is right.
     inner = getattr(network.backbone, "backbone", network.backbone)

@@ -39,7 +39,9 @@ class Prompted(nn.Module):
     ``backbone`` takes the canvas, and whatever else the call hands on (gate values).
     """
 
-    def __init__(self, canvas: Canvas, backbone: nn.Module, compute: Compute, *, label_map: Sequence[int] | None = None):
+    def __init__(
+        self, canvas: Canvas, backbone: nn.Module, compute: Compute, *, label_map: Sequence[int] | None = None
+    ):
         super().__init__()
         self.canvas = canvas
         self.backbone = backbone

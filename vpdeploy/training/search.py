@@ -71,7 +71,10 @@ def search(
     table = recipe.search
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
     network = Prompted(
-        build_canvas(recipe, prompted=task.prompted), Gated(backbone, task.groups), compute, label_map=task.dense.label_map
+        build_canvas(recipe, prompted=task.prompted),
+        Gated(backbone, task.groups),
+        compute,
+        label_map=task.dense.label_map,
     )
     scores = _initial_scores(task, recipe).to(compute.device).requires_grad_(True)
     prompt = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
@@ -92,7 +95,9 @@ def search(
         with seeded(recipe.seed, "search", epoch):
             loss, seconds = _epoch(network, scores, task, data, optimizer, recipe=recipe, epoch=epoch, display=display)
         values = (hard_mask(task.selector, scores).to(scores.dtype),)
-        record = epoch_record(journal.stage, epoch, table.epochs, loss=loss, seconds=seconds, network=network, data=data, values=values)
+        record = epoch_record(
+            journal.stage, epoch, table.epochs, loss=loss, seconds=seconds, network=network, data=data, values=values
+        )
         journal.save(_state(network, optimizer, scores, epoch + 1), record)
         tell(record, display)
     return _found(network, scores, task)
@@ -114,7 +119,9 @@ def _epoch(
     network.train()
     steps = -(-len(data.train) // table.batch_size)
     total, began = torch.zeros((), device=scores.device), time.perf_counter()
-    walk = training_batches(data.train, table.batch_size, seed=recipe.seed, stage="search", epoch=epoch, how=recipe.data.augment)
+    walk = training_batches(
+        data.train, table.batch_size, seed=recipe.seed, stage="search", epoch=epoch, how=recipe.data.augment
+    )
     with display.bar(walk, label=f"{'search'} epoch {epoch + 1}/{table.epochs}", total=steps) as bar:
         for step, (pixels, labels) in enumerate(bar):
             done = (epoch * steps + step) / (table.epochs * steps)
@@ -127,7 +134,9 @@ def _epoch(
                 optimizer.step()
                 if prompted:
                     total += loss.detach() * len(labels)
-    return finite(float(total) / len(data.train), "a smaller search.score_lr or search.prompt_lr"), time.perf_counter() - began
+    return finite(
+        float(total) / len(data.train), "a smaller search.score_lr or search.prompt_lr"
+    ), time.perf_counter() - began
 
 
 def search_step(

@@ -57,8 +57,12 @@ def train_weights(
     for epoch in range(start, schedule.epochs):
         restart_prompt(network.canvas, seed=schedule.seed, stage=schedule.streams, epoch=epoch)
         with seeded(schedule.seed, schedule.streams, epoch):
-            loss, seconds = _epoch(network, data.train, optimizer, schedule=schedule, epoch=epoch, peaks=peaks, display=display)
-        record = epoch_record(journal.stage, epoch, schedule.epochs, loss=loss, seconds=seconds, network=network, data=data)
+            loss, seconds = _epoch(
+                network, data.train, optimizer, schedule=schedule, epoch=epoch, peaks=peaks, display=display
+            )
+        record = epoch_record(
+            journal.stage, epoch, schedule.epochs, loss=loss, seconds=seconds, network=network, data=data
+        )
         journal.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, record)
         tell(record, display)
     return network.eval()
@@ -78,7 +82,9 @@ def _epoch(
     network.train()
     steps = -(-len(images) // schedule.batch_size)
     total, began = torch.zeros((), device=network.compute.device), time.perf_counter()
-    walk = training_batches(images, schedule.batch_size, seed=schedule.seed, stage=schedule.streams, epoch=epoch, how=schedule.augment)
+    walk = training_batches(
+        images, schedule.batch_size, seed=schedule.seed, stage=schedule.streams, epoch=epoch, how=schedule.augment
+    )
     with display.bar(walk, label=f"epoch {epoch + 1}/{schedule.epochs}", total=steps) as bar:
         for step, (pixels, labels) in enumerate(bar):
             set_learning_rates(optimizer, peaks=peaks, done=(epoch * steps + step) / (schedule.epochs * steps))
@@ -120,12 +126,22 @@ def _optimizer(network: Prompted, schedule: WeightSchedule) -> tuple[torch.optim
 
 def finite(loss: float, remedy: str) -> float:
     if loss != loss or loss in (float("inf"), float("-inf")):
-        raise VpdeployError(f"training: the loss became {loss}; expected a number: the steps are too large, try {remedy}")
+        raise VpdeployError(
+            f"training: the loss became {loss}; expected a number: the steps are too large, try {remedy}"
+        )
     return loss
 
 
 def epoch_record(
-    stage: str, epoch: int, epochs: int, *, loss: float, seconds: float, network: Prompted, data: TrainingData, values: tuple[Tensor, ...] = ()
+    stage: str,
+    epoch: int,
+    epochs: int,
+    *,
+    loss: float,
+    seconds: float,
+    network: Prompted,
+    data: TrainingData,
+    values: tuple[Tensor, ...] = (),
 ) -> EpochRecord:
     return EpochRecord(
         stage=stage,

@@ -33,9 +33,7 @@ def magnitude(backbone: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, 
     return scores
 
 
-def _slice_norms(
-    weight: Tensor, axis: int, indices: Sequence[int], channels: Sequence[int], width: int
-) -> Tensor:
+def _slice_norms(weight: Tensor, axis: int, indices: Sequence[int], channels: Sequence[int], width: int) -> Tensor:
     """L2 norm of each channel's slices of ``weight``: [width]."""
     energy = weight.movedim(axis, 0).reshape(weight.shape[axis], -1).square().sum(dim=1)  # [axis]
     if max(indices) >= len(energy):  # a grouped convolution's input axis holds one conv group only
