@@ -5,6 +5,7 @@ The models below are the only definition of the keys; ``docs/recipe.md`` is gene
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from vpdeploy.errors import RecipeError
 
@@ -30,7 +32,7 @@ BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelTable(Table):
@@ -45,11 +47,11 @@ class ModelTable(Table):
         description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
     )
     head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
-        "auto",
+        default="auto",
         description="auto: keep when class counts agree, else replace; flm, ilm: keep the source classifier and map its classes by frequency (once; again every search epoch)",
     )
     classifier: str | None = Field(
-        None, description="names the classifier when it is not the last linear layer or 1x1 convolution"
+        default=None, description="names the classifier when it is not the last linear layer or 1x1 convolution"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
 
@@ -66,35 +68,35 @@ class DataTable(Table):
         description="folder or .zip: train/CLASS/* and test/CLASS/* (with train/ and val/ alone, val is the test split), or bare CLASS/* with test_fraction",
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="split off train, stratified and seeded; reported, selects nothing by itself"
+        default=0.1, description="split off train, stratified and seeded; reported, selects nothing by itself"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="test split for data that brings none"
+        default=None, description="test split for data that brings none"
     )
     limit_train: Annotated[int, Field(ge=0)] = Field(
-        0, description="0 = all; otherwise a stratified, seeded subset of the training images"
+        default=0, description="0 = all; otherwise a stratified, seeded subset of the training images"
     )
     limit_test: Annotated[int, Field(ge=0)] = Field(
-        0, description="0 = all; otherwise a stratified, seeded subset of the test images, for short trials"
+        default=0, description="0 = all; otherwise a stratified, seeded subset of the test images, for short trials"
     )
-    on_bad_image: Literal["fail", "skip"] = Field("fail", description="skip: counted and named in the report")
-    max_pixels: Count = Field(50_000_000, description="larger images are bad images")
+    on_bad_image: Literal["fail", "skip"] = Field(default="fail", description="skip: counted and named in the report")
+    max_pixels: Count = Field(default=50_000_000, description="larger images are bad images")
     augment: Literal["crop-flip", "crop", "flip", "none"] = Field(
-        "crop-flip", description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt"
+        default="crop-flip", description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt"
     )
-    download: bool = Field(False, description="let torchvision download its data set into root")
+    download: bool = Field(default=False, description="let torchvision download its data set into root")
 
 
 class InputTable(Table):
     """From the caller's image to what the backbone sees."""
 
-    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(224, description="side of the resized image, pixels")
+    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(default=224, description="side of the resized image, pixels")
     canvas_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
-        None, description="side of the zero-padded canvas; absent: image_size"
+        default=None, description="side of the zero-padded canvas; absent: image_size"
     )
-    resize: Literal["stretch", "shorter-side-crop"] = Field("stretch", description="how an image becomes square")
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
-    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="per colour", strict=False)
+    resize: Literal["stretch", "shorter-side-crop"] = Field(default="stretch", description="how an image becomes square")
+    mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
+    std: tuple[Positive, Positive, Positive] = Field(default=(0.229, 0.224, 0.225), description="per colour", strict=False)
 
     @property
     def canvas(self) -> int:
@@ -105,11 +107,11 @@ class PixelsTable(Table):
     """The learned pixels."""
 
     kind: Literal["pad", "fix", "random", "none"] = Field(
-        "pad", description="pad: a frame of width size; fix: top-left square; random: a square moved every forward"
+        default="pad", description="pad: a frame of width size; fix: top-left square; random: a square moved every forward"
     )
-    size: Count = Field(16, description="width of the frame, or side of the square, pixels")
+    size: Count = Field(default=16, description="width of the frame, or side of the square, pixels")
     stages: Literal["both", "search", "tune"] = Field(
-        "both", description="where the prompt is learned; search: then none is exported"
+        default="both", description="where the prompt is learned; search: then none is exported"
     )
 
 
@@ -123,28 +125,28 @@ class FitTable(Table):
     """Stage 0: one dense network from which every arm starts."""
 
     what: Literal["auto", "none", "head", "all"] = Field(
-        "auto", description="auto: all without weights, head after a replaced head, none otherwise"
+        default="auto", description="auto: all without weights, head after a replaced head, none otherwise"
     )
-    epochs: Count = Field(5, description="passes over the training split")
-    weight_lr: Positive = Field(0.02, description="peak learning rate")
-    batch_size: Count = Field(128, description="images per step")
-    weight_decay: NonNegative = Field(5e-4, description="not on norms and biases")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross entropy")
+    epochs: Count = Field(default=5, description="passes over the training split")
+    weight_lr: Positive = Field(default=0.02, description="peak learning rate")
+    batch_size: Count = Field(default=128, description="images per step")
+    weight_decay: NonNegative = Field(default=5e-4, description="not on norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
 
 
 class SearchTable(Table):
     """Stage 1: scores and prompt, on frozen weights."""
 
-    method: Literal["vpns"] = Field("vpns", description="with prompt.pixels.kind none it is the HYDRA baseline")
-    epochs: Count = Field(5, description="passes over the training split")
-    batch_size: Count = Field(128, description="images per step")
-    score_lr: Positive = Field(0.05, description="Adam, cosine decay")
-    prompt_lr: Positive = Field(1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
+    method: Literal["vpns"] = Field(default="vpns", description="with prompt.pixels.kind none it is the HYDRA baseline")
+    epochs: Count = Field(default=5, description="passes over the training split")
+    batch_size: Count = Field(default=128, description="images per step")
+    score_lr: Positive = Field(default=0.05, description="Adam, cosine decay")
+    prompt_lr: Positive = Field(default=1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
     score_init: Literal["scaled", "random"] = Field(
-        "scaled", description="scaled: from the group's own weight norms; random: uniform in [0, 1)"
+        default="scaled", description="scaled: from the group's own weight norms; random: uniform in [0, 1)"
     )
     unprompted_step: bool = Field(
-        False, description="a second step per batch without the prompt, for the scores alone (as the authors' code does)"
+        default=False, description="a second step per batch without the prompt, for the scores alone (as the authors' code does)"
     )
 
 
@@ -154,8 +156,8 @@ class BudgetTable(Table):
     channel_ratio: Fraction | None = Field(default=None, description="of the channels of prunable groups, each group counted once")
     macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
     params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
-    round_to: Count = Field(8, description="kept widths are multiples of this, or the full width")
-    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="largest share that any one group may lose")
+    round_to: Count = Field(default=8, description="kept widths are multiples of this, or the full width")
+    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.9, description="largest share that any one group may lose")
 
     @property
     def kind(self) -> str:
@@ -169,25 +171,25 @@ class BudgetTable(Table):
 class TuneTable(Table):
     """Stage 2: weights and prompt of the network that ships. The same for every arm."""
 
-    epochs: Count = Field(20, description="passes over the training split")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="sgd has momentum 0.9")
-    weight_lr: Positive = Field(0.02, description="cosine decay")
-    prompt_lr: Positive = Field(0.02, description="cosine decay; in [0, 1] pixel units")
-    weight_decay: NonNegative = Field(5e-4, description="not on prompt, norms and biases")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the cross entropy")
-    batch_size: Count = Field(128, description="images per step")
+    epochs: Count = Field(default=20, description="passes over the training split")
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd has momentum 0.9")
+    weight_lr: Positive = Field(default=0.02, description="cosine decay")
+    prompt_lr: Positive = Field(default=0.02, description="cosine decay; in [0, 1] pixel units")
+    weight_decay: NonNegative = Field(default=5e-4, description="not on prompt, norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
+    batch_size: Count = Field(default=128, description="images per step")
 
 
 class ComputeTable(Table):
     """Where and how training runs. What auto chose is saved in the run folder and reused on resume."""
 
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the backbone in training; auto: whichever a short measurement says is faster"
+        default="auto", description="of the backbone in training; auto: whichever a short measurement says is faster"
     )
-    channels_last: Literal["auto", "yes", "no"] = Field("auto", description="memory layout of the backbone in training")
-    device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1)
+    channels_last: Literal["auto", "yes", "no"] = Field(default="auto", description="memory layout of the backbone in training")
+    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1)
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="threads that decode images; auto: one per core"
+        default="auto", description="threads that decode images; auto: one per core"
     )
 
 
@@ -205,25 +207,25 @@ class ExportTable(Table):
     """What is written for the runtime."""
 
     forms: tuple[Literal["uint8", "float"], ...] = Field(
-        ("uint8", "float"),
+        default=("uint8", "float"),
         description="uint8: [n, h, w, 3], everything inside; float: [n, 3, image_size, image_size] in [0, 1]",
         strict=False,
         min_length=1,
     )
-    opset: Annotated[int, Field(ge=18, le=25)] = Field(18, description="ONNX operator set")
+    opset: Annotated[int, Field(ge=18, le=25)] = Field(default=18, description="ONNX operator set")
 
 
 class BenchTable(Table):
     """How the exported files are measured."""
 
-    batches: tuple[Count, ...] = Field((1, 8), description="batch sizes", strict=False, min_length=1)
-    threads: tuple[Threads, ...] = Field((1, 2), description="ONNX Runtime's threads", strict=False, min_length=1)
-    seconds: Positive = Field(3.0, description="of measurement for each arm, form, batch and thread count")
-    image_size: tuple[Count, Count] = Field((375, 500), description="[height, width] of the uint8 form's images", strict=False)
+    batches: tuple[Count, ...] = Field(default=(1, 8), description="batch sizes", strict=False, min_length=1)
+    threads: tuple[Threads, ...] = Field(default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1)
+    seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
+    image_size: tuple[Count, Count] = Field(default=(375, 500), description="[height, width] of the uint8 form's images", strict=False)
 
 
 class Recipe(Table):
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(7, description="every random stream is derived from it")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(default=7, description="every random stream is derived from it")
     model: ModelTable
     data: DataTable
     input: InputTable = Field(default_factory=InputTable)
@@ -274,16 +276,19 @@ def parse_recipe(
 
     Raises: RecipeError with every problem at once.
     """
-    problems = list(earlier_problems)
+    problems, wrong = list(earlier_problems), []
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as e:
-        problems += [_explain(error) for error in e.errors()]
-        recipe = _best_effort(raw, e)
-    if recipe is not None:
-        wrong = {problem.split(":")[0] for problem in problems}
-        problems += [text for key, text in _cross_field(recipe) if not wrong & {key, key.rpartition(".")[0]}]
-    if problems or recipe is None:
+        by_place: dict[str, list[ErrorDetails]] = {}
+        for error in e.errors():
+            by_place.setdefault(_place(error["loc"]), []).append(error)
+        problems += [_explain(place, errors) for place, errors in by_place.items()]
+        wrong = [_key(error["loc"]) for error in e.errors()]
+        recipe = _without(raw, wrong)
+    dotted = [".".join(key) for key in wrong]
+    problems += [text for keys, text in _cross_field(recipe) if not any(_overlap(a, b) for a in keys for b in dotted)]
+    if problems:
         raise RecipeError(where, problems)
     return _absolute(recipe, folder)
 
@@ -311,128 +316,153 @@ def _override(raw: dict[str, Any], text: str) -> Iterator[str]:
     table[parts[-1]] = parsed
 
 
-def _best_effort(raw: dict[str, Any], errors: ValidationError) -> Recipe | None:
-    """The recipe without its wrong keys, so that cross-field checks can speak in the same breath."""
-    trimmed = json.loads(json.dumps(raw, default=str))
-    fillers = {("model",): {"name": "?"}, ("data",): {"name": "digits"}, ("budget",): {"macs_ratio": 0.5}}
-    for error in errors.errors():
-        path = [part for part in error["loc"] if isinstance(part, str)]
-        path = [part for i, part in enumerate(path) if _is_key(path[:i], part)]
-        table = trimmed
-        for part in path[:-1]:
-            table = table.get(part, {}) if isinstance(table, dict) else {}
-        if isinstance(table, dict) and path:
-            table.pop(path[-1], None)
-    for (name,), filler in fillers.items():
-        if isinstance(trimmed.setdefault(name, filler), dict):
-            for key, value in filler.items():
-                if name != "budget":
-                    trimmed[name].setdefault(key, value)
-    try:
-        return Recipe.model_validate(trimmed)
-    except ValidationError:
-        return None
+def _without(raw: dict[str, Any], wrong: Sequence[tuple[str, ...]]) -> Recipe:
+    """``raw`` with every wrong key at its default, so that cross-field checks can speak of the right ones."""
+    rest = copy.deepcopy(raw)
+    for *path, last in wrong:
+        table = rest
+        for part in path:
+            table = table.get(part, {})
+        table.pop(last, None)
+    rest.setdefault("model", {}).setdefault("name", "?")
+    rest.setdefault("data", {}).setdefault("name", "?")
+    rest.setdefault("budget", {})
+    return Recipe.model_validate(rest)
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether two dotted keys are the same, or one lies in the other."""
+    return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _table(path: Sequence[str]) -> type[Table] | None:
-    model: Any = Recipe
+    """The table at ``path``, None where a value stands there, or nothing."""
+    table: Any = Recipe
     for part in path:
-        info = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Table) else None
-        if info is None:
+        info = table.model_fields.get(part)
+        if info is None or not isinstance(info.annotation, type) or not issubclass(info.annotation, Table):
             return None
-        model = info.annotation
-    return model if isinstance(model, type) and issubclass(model, Table) else None
+        table = info.annotation
+    return table
 
 
-def _is_key(path: Sequence[str], part: str) -> bool:
-    """Whether ``part`` is a key of the recipe and not pydantic's name for a branch of a union."""
-    table = _table(path)
-    return table is not None and (part in table.model_fields or _table([*path, part]) is not None or not path or True)
+def _key(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """The recipe's key in one of pydantic's locations: below a value come list positions and branches of unions."""
+    parts = [str(part) for part in loc]
+    return tuple(part for i, part in enumerate(parts) if _table(parts[:i]) is not None)
 
 
-def _explain(error: Any) -> str:
-    """One line for one of pydantic's errors: key, what came, what was expected, what to do."""
-    path: list[str] = []
-    for part in error["loc"]:
-        if isinstance(part, int):
-            path.append(f"[{part}]")
-        elif _table(path) is not None:
-            path.append(part)
-    key = ".".join(path).replace(".[", "[")
-    kind, got, context = error["type"], error["input"], error.get("ctx", {})
+def _place(loc: Sequence[str | int]) -> str:
+    """The dotted key, and the position in it: bench.batches[0]."""
+    return ".".join(_key(loc)) + "".join(f"[{part}]" for part in loc if isinstance(part, int))
+
+
+# pydantic's kind of error -> what was expected, in its own words and with its context filled in
+EXPECTED = {
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "model_type": "a table",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "a text that is not empty",
+}
+
+
+def _explain(place: str, errors: Sequence[ErrorDetails]) -> str:
+    """One line for what pydantic says of one place: key, what came, what was expected (each branch of a union)."""
+    error, key = errors[0], _key(errors[0]["loc"])
+    table, kind, got = _table(key[:-1]), error["type"], error["input"]
+    known = table.model_fields if table else {}
     if kind == "extra_forbidden":
-        table = _table(path[:-1])
-        known = list(table.model_fields) if table else []
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}")
-    if kind == "missing":
-        table = _table(path[:-1])
-        info = table.model_fields.get(path[-1]) if table else None
-        what = info.description if info and info.description else "this table"
-        return f"{key}: missing; expected {what}"
-    if kind == "literal_error":
-        near = difflib.get_close_matches(str(got), [w.strip("'") for w in _words(context["expected"])], n=1, cutoff=0.6)
-        return f"{key}: got {got!r}; expected {context['expected']}" + (f"; did you mean {near[0]!r}?" if near else "")
-    expected = {
-        "greater_than": "more than {gt}",
-        "greater_than_equal": "at least {ge}",
-        "less_than": "less than {lt}",
-        "less_than_equal": "at most {le}",
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "string_type": "a text in quotes",
-        "bool_type": "true or false",
-        "model_type": "a table",
-        "dict_type": "a table",
-        "tuple_type": "a list",
-        "too_short": "at least {min_length} entry",
-        "string_too_short": "a text that is not empty",
-    }.get(kind)
-    return f"{key}: got {got!r}; expected {expected.format(**context) if expected else error['msg']}"
+        near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{place}: unknown key; {advice}"
+    if kind == "missing" and "[" not in place:
+        return f"{place}: missing; expected {known[key[-1]].description or 'this table'}"
+    expected = " or ".join(_expected(one) for one in errors)
+    near = difflib.get_close_matches(str(got), [w.strip("'") for w in _words(expected)], n=1, cutoff=0.6)
+    advice = f"; did you mean {near[0]!r}?" if near and kind == "literal_error" else ""
+    return f"{place}: got {got!r}; expected {expected}{advice}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    words = EXPECTED.get(error["type"])
+    return words.format(**error.get("ctx", {})) if words else error["msg"]
 
 
 def _words(text: str) -> list[str]:
     return text.replace(" or ", ", ").split(", ")
 
 
-def _cross_field(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What no single key can know: (key, problem)."""
-    pixels, canvas, arms = recipe.prompt.pixels, recipe.input.canvas, recipe.compare.arms
+def _cross_field(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What no single key can know: (the keys that it follows from, problem)."""
+    pixels, canvas, size = recipe.prompt.pixels, recipe.input.canvas, recipe.input.image_size
     given = [name for name in BUDGETS if getattr(recipe.budget, name) is not None]
     if len(given) != 1:
-        got = " and ".join(given) if given else "none"
-        yield "budget", f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: remove the others"
-    if canvas < recipe.input.image_size:
+        got = " and ".join(given) or "none"
+        advice = "remove the others" if given else "add it, such as macs_ratio = 0.5"
+        keys = tuple(f"budget.{name}" for name in BUDGETS)
+        yield keys, f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: {advice}"
+    sides = ("input.image_size", "input.canvas_size")
+    if canvas < size:
         yield (
-            "input.canvas_size",
-            f"input.canvas_size: got {canvas}, smaller than input.image_size {recipe.input.image_size}; expected at least that, or leave it out",
+            sides,
+            f"input.canvas_size: got {canvas}, smaller than input.image_size {size}; expected at least that: "
+            "raise it, or leave it out",
         )
     limit = (canvas - 1) // 2 if pixels.kind == "pad" else canvas
     if pixels.kind != "none" and pixels.size > limit:
         yield (
-            "prompt.pixels.size",
-            f"prompt.pixels.size: got {pixels.size}; a {pixels.kind!r} prompt on a canvas of {canvas} takes at most {limit}",
+            ("prompt.pixels.kind", "prompt.pixels.size", *sides),
+            f"prompt.pixels.size: got {pixels.size}; a {pixels.kind!r} prompt on a canvas of {canvas} takes at most "
+            f"{limit}: make it smaller, or set input.canvas_size",
         )
-    if arms is not None:
-        for needed in ("dense", "pruned"):
-            if needed not in arms:
-                yield "compare.arms", f"compare.arms: {needed!r} is missing; every report compares dense with pruned: add it"
-        if len(set(arms)) != len(arms):
-            yield "compare.arms", f"compare.arms: got {list(arms)}; expected each arm once"
-        if pixels.kind == "none":
-            for arm in arms:
-                if "prompt" in arm:
-                    yield "compare.arms", f"compare.arms: {arm!r} needs a prompt, but prompt.pixels.kind is 'none'; remove the arm or choose a kind"
-        if "dense+prompt" in arms and pixels.stages == "search":
-            yield "compare.arms", "compare.arms: 'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; remove the arm or use 'both'"
+    for problem in () if recipe.compare.arms is None else _arm_problems(recipe.compare.arms, pixels):
+        yield ("compare.arms", "prompt.pixels.kind", "prompt.pixels.stages"), f"compare.arms: {problem}"
     if recipe.data.name == "imagefolder" and not recipe.data.root:
-        yield "data.root", "data.root: missing; expected the folder or .zip that holds the images"
+        yield ("data.name", "data.root"), "data.root: missing; expected the folder or .zip that holds the images"
+    weights = ("model.weights",)
     if recipe.model.head in ("flm", "ilm") and not recipe.model.weights:
-        yield "model.head", f"model.head: got {recipe.model.head!r} without model.weights; a label map needs a trained source classifier: give weights"
+        yield (
+            ("model.head", *weights),
+            f"model.head: got {recipe.model.head!r} without model.weights; a label map needs a trained source "
+            "classifier: give weights",
+        )
     if recipe.model.args and ":" not in recipe.model.name:
-        yield "model.args", f"model.args: got values for {recipe.model.name!r}; only a factory (\"file.py:factory\") or torchvision model takes args"
+        yield (
+            ("model.args", "model.name"),
+            f'model.args: got values for {recipe.model.name!r}; only a factory ("file.py:factory") or torchvision '
+            "network takes args: remove them",
+        )
     if recipe.fit.what == "none" and not recipe.model.weights:
-        yield "fit.what", "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+        yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+
+
+def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
+    for needed in ("dense", "pruned"):
+        if needed not in arms:
+            yield f"{needed!r} is missing; every report compares dense with pruned: add it"
+    if len(set(arms)) != len(arms):
+        yield f"got {list(arms)}; expected each arm once"
+    if pixels.kind == "none":
+        for arm in dict.fromkeys(arms):
+            if "prompt" in arm:
+                yield f"{arm!r} needs a prompt, but prompt.pixels.kind is 'none'; remove the arm or choose a kind"
+    elif "dense+prompt" in arms and pixels.stages == "search":
+        yield (
+            "'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; remove the arm or use "
+            "'both'"
+        )
 
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
