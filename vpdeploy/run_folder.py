@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SCHEMA = 1
+PART = ".part"  # ends the temporary names
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=PART, delete=False) as file:
             temporary = Path(file.name)
             file.write(content)
             file.flush()
@@ -50,9 +51,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as e:
+        raise _explained(path, e) from e
+    finally:  # Ctrl-C, too
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise _explained(path, e) from e
 
 
 def _explained(path: Path, error: OSError) -> RunFolderError:
@@ -95,7 +97,7 @@ def load(kind: type[T], content: bytes, *, where: str) -> T:
         if schema != SCHEMA:
             raise RunFolderError(f"{where}: got schema {schema}; expected {SCHEMA}: it was written by another version")
         return TypeAdapter(kind).validate_python(plain)
-    except (ValueError, AttributeError, ValidationError) as e:
+    except (ValueError, AttributeError, TypeError, ValidationError) as e:
         raise RunFolderError(
             f"{where}: damaged: {str(e).splitlines()[0]}; remove it and run the same command again"
         ) from e
@@ -155,7 +157,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(BytesIO(read_bytes(path)), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, zlib.error) as e:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise RunFolderError(f"{path}: damaged: {e}; remove it and run the same command again") from e
 
 
@@ -179,8 +181,13 @@ class Journal:
             return None
         try:
             state = torch.load(BytesIO(read_bytes(self.state_file)), weights_only=True, map_location="cpu")
-        except Exception as e:  # whatever a damaged archive raises
-            raise RunFolderError(f"{self.state_file}: damaged: {e}; remove it to start the stage again") from e
+        except RunFolderError:
+            raise
+        except Exception as e:  # whatever a damaged archive raises; torch's own words advise to unpickle it
+            raise RunFolderError(
+                f"{self.state_file}: damaged: not a state that torch can read ({type(e).__name__}); remove it to start the "
+                "stage again"
+            ) from e
         return state if state.get("key") == self.key else None
 
     def save(self, state: Mapping[str, Any], record: EpochRecord) -> None:
@@ -196,8 +203,11 @@ def append_history(path: Path, record: EpochRecord) -> None:
     """Add one epoch. An epoch that a crash made run twice stands there twice; ``read_history`` takes the last."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"schema": SCHEMA, **asdict(record)}) + "\n")
+        line = json.dumps({"schema": SCHEMA, **asdict(record)}).encode() + b"\n"
+        with path.open("a+b") as file:
+            if file.tell() and path.read_bytes()[-1:] != b"\n":  # cut off by a crash: not to be cut into this one
+                line = b"\n" + line
+            file.write(line)
     except OSError as e:
         raise _explained(path, e) from e
 
@@ -207,9 +217,9 @@ def read_history(path: Path) -> tuple[EpochRecord, ...]:
     if not path.exists():
         return ()
     records: dict[tuple[str, int], EpochRecord] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(path).splitlines():
         try:
-            record = load(EpochRecord, line.encode(), where=str(path))
+            record = load(EpochRecord, line, where=str(path))
         except RunFolderError:  # only a write that was cut off can be unreadable, and its epoch is run again
             continue
         records.pop((record.stage, record.epoch), None)
@@ -241,6 +251,8 @@ def locked(run: Path) -> Iterator[None]:
     except OSError as e:
         raise _explained(run, e) from e
     try:
+        for left in run.rglob(f".*{PART}"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
