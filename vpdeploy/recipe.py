@@ -82,7 +82,8 @@ class DataTable(Table):
     on_bad_image: Literal["fail", "skip"] = Field(default="fail", description="skip: counted and named in the report")
     max_pixels: Count = Field(default=50_000_000, description="larger images are bad images")
     augment: Literal["crop-flip", "crop", "flip", "none"] = Field(
-        default="crop-flip", description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt"
+        default="crop-flip",
+        description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt",
     )
     download: bool = Field(default=False, description="let torchvision download its data set into root")
 
@@ -90,13 +91,21 @@ class DataTable(Table):
 class InputTable(Table):
     """From the caller's image to what the backbone sees."""
 
-    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(default=224, description="side of the resized image, pixels")
+    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=224, description="side of the resized image, pixels"
+    )
     canvas_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="side of the zero-padded canvas; absent: image_size"
     )
-    resize: Literal["stretch", "shorter-side-crop"] = Field(default="stretch", description="how an image becomes square")
-    mean: tuple[float, float, float] = Field(default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
-    std: tuple[Positive, Positive, Positive] = Field(default=(0.229, 0.224, 0.225), description="per colour", strict=False)
+    resize: Literal["stretch", "shorter-side-crop"] = Field(
+        default="stretch", description="how an image becomes square"
+    )
+    mean: tuple[float, float, float] = Field(
+        default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False
+    )
+    std: tuple[Positive, Positive, Positive] = Field(
+        default=(0.229, 0.224, 0.225), description="per colour", strict=False
+    )
 
     @property
     def canvas(self) -> int:
@@ -107,7 +116,8 @@ class PixelsTable(Table):
     """The learned pixels."""
 
     kind: Literal["pad", "fix", "random", "none"] = Field(
-        default="pad", description="pad: a frame of width size; fix: top-left square; random: a square moved every forward"
+        default="pad",
+        description="pad: a frame of width size; fix: top-left square; random: a square moved every forward",
     )
     size: Count = Field(default=16, description="width of the frame, or side of the square, pixels")
     stages: Literal["both", "search", "tune"] = Field(
@@ -146,18 +156,23 @@ class SearchTable(Table):
         default="scaled", description="scaled: from the group's own weight norms; random: uniform in [0, 1)"
     )
     unprompted_step: bool = Field(
-        default=False, description="a second step per batch without the prompt, for the scores alone (as the authors' code does)"
+        default=False,
+        description="a second step per batch without the prompt, for the scores alone (as the authors' code does)",
     )
 
 
 class BudgetTable(Table):
     """What may remain: exactly one of the three ratios."""
 
-    channel_ratio: Fraction | None = Field(default=None, description="of the channels of prunable groups, each group counted once")
+    channel_ratio: Fraction | None = Field(
+        default=None, description="of the channels of prunable groups, each group counted once"
+    )
     macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
     params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
     round_to: Count = Field(default=8, description="kept widths are multiples of this, or the full width")
-    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.9, description="largest share that any one group may lose")
+    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="largest share that any one group may lose"
+    )
 
     @property
     def kind(self) -> str:
@@ -186,8 +201,12 @@ class ComputeTable(Table):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of the backbone in training; auto: whichever a short measurement says is faster"
     )
-    channels_last: Literal["auto", "yes", "no"] = Field(default="auto", description="memory layout of the backbone in training")
-    device: str = Field(default="auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1)
+    channels_last: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="memory layout of the backbone in training"
+    )
+    device: str = Field(
+        default="auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1
+    )
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="threads that decode images; auto: one per core"
     )
@@ -219,9 +238,13 @@ class BenchTable(Table):
     """How the exported files are measured."""
 
     batches: tuple[Count, ...] = Field(default=(1, 8), description="batch sizes", strict=False, min_length=1)
-    threads: tuple[Threads, ...] = Field(default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1)
+    threads: tuple[Threads, ...] = Field(
+        default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
+    )
     seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
-    image_size: tuple[Count, Count] = Field(default=(375, 500), description="[height, width] of the uint8 form's images", strict=False)
+    image_size: tuple[Count, Count] = Field(
+        default=(375, 500), description="[height, width] of the uint8 form's images", strict=False
+    )
 
 
 class Recipe(Table):
@@ -269,9 +292,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, where=where, folder=path.resolve().parent, earlier_problems=problems)
 
 
-def parse_recipe(
-    raw: dict[str, Any], *, where: str, folder: Path, earlier_problems: Sequence[str] = ()
-) -> Recipe:
+def parse_recipe(raw: dict[str, Any], *, where: str, folder: Path, earlier_problems: Sequence[str] = ()) -> Recipe:
     """Check ``raw`` and make its relative paths absolute from ``folder``.
 
     Raises: RecipeError with every problem at once.

@@ -24,18 +24,13 @@ from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memor
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe import Recipe
-from vpdeploy.stages import Stage, arm_file, measurement_file
+from vpdeploy.stages import Stage, arm_file, measurement_file, onnx_file
 from vpdeploy.values import Measurement, Parities
 from vpdeploy.workbench import Workbench, read_tuned
 
 PARITY_IMAGES = 32
 VECTOR_BYTES = 16 * 2**20  # of test vectors in one export folder
 TEST_BATCH = 64
-
-
-def file_name(arm: str, form: str) -> str:
-    """pruned.onnx takes the caller's bytes; pruned.float.onnx what has been resized already."""
-    return f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx"
 
 
 def baked(work: Workbench, arm: str, form: str) -> Deployable:
@@ -51,6 +46,7 @@ def export_arms(work: Workbench) -> None:
     if all(work.is_done(stage) for stage in stages):
         return
     recipe, folder = work.recipe, work.run / "export"
+    (folder / "manifest.json").unlink(missing_ok=True)  # an export is whole again when this is written, last of all
     images = [work.source.val.read(i) for i in _spread(len(work.source.val), PARITY_IMAGES)]
     share = VECTOR_BYTES // (len(recipe.arms) * len(recipe.export.forms))
     vectors: dict[str, Vectors] = {}
@@ -58,7 +54,7 @@ def export_arms(work: Workbench) -> None:
         with work.doing(stage):
             parities = []
             for form in recipe.export.forms:
-                name = file_name(stage.arm, form)
+                name = onnx_file(work.run, stage.arm, form).name
                 deployable = baked(work, stage.arm, form)
                 metadata = describe(
                     recipe, arm=stage.arm, form=form, classes=work.source.classes, version=version("vpdeploy")
@@ -99,7 +95,7 @@ def measure_arms(work: Workbench) -> None:
     if work.is_done(stage):
         return
     files = {
-        arm: {form: work.run / "export" / file_name(arm, form) for form in recipe.export.forms} for arm in recipe.arms
+        arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms
     }
     with work.doing(stage):
         labels, predictions = _predictions(work, files)

@@ -92,7 +92,7 @@ class Ledger:
     def forget(self, kind: str) -> list[str]:
         """Forget every stage of ``kind`` and all that come after; gives their names."""
         entries = self._entries()
-        gone = [name for name in entries if ORDER.index(name.partition(":")[0]) >= ORDER.index(kind)]
+        gone = [name for name in entries if comes_after(Stage(name.partition(":")[0]), kind)]
         self._write({name: entry for name, entry in entries.items() if name not in gone})
         return gone
 
@@ -110,10 +110,12 @@ class Ledger:
             for key in keys
         ]
 
-    def refuse_retraining(self, recipe: Recipe, *, run: Path) -> None:
-        """Raises: RunFolderError when a training stage was begun with other values: what it learned would be lost."""
+    def refuse_retraining(self, recipe: Recipe, *, run: Path, redo: str | None) -> None:
+        """Raises: RunFolderError when a training stage was begun with other values: what it learned would be lost. Stages
+        from ``redo`` on are meant to be trained again.
+        """
         for stage in training_stages(recipe):
-            changes = self.changes(stage, recipe)
+            changes = [] if redo is not None and comes_after(stage, redo) else self.changes(stage, recipe)
             if changes:
                 shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
                 raise RunFolderError(
@@ -137,6 +139,11 @@ class Ledger:
         write_bytes(self.path, json.dumps(entries, indent=1).encode())
 
 
+def comes_after(stage: Stage, kind: str) -> bool:
+    """Whether ``stage`` is of ``kind`` or later."""
+    return ORDER.index(stage.kind) >= ORDER.index(kind)
+
+
 def training_stages(recipe: Recipe) -> list[Stage]:
     """Every stage that trains, in order."""
     pruned = [arm for arm in recipe.arms if arm.startswith("pruned")]
@@ -151,6 +158,28 @@ def arm_file(run: Path, name: str, arm: str) -> Path:
 
 def measurement_file(run: Path, arm: str) -> Path:
     return run / "measured" / f"{arm}.json"
+
+
+def onnx_file(run: Path, arm: str, form: str) -> Path:
+    """pruned.onnx takes the caller's bytes; pruned.float.onnx what has been resized already."""
+    return run / "export" / (f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx")
+
+
+def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
+    """What ``stage`` leaves in the run folder for those after it."""
+    arm = stage.arm
+    if stage.kind == "export":
+        forms = [onnx_file(run, arm, form) for form in recipe.export.forms]
+        return [*forms, arm_file(run, "parity.json", arm), run / "export" / "manifest.json"]
+    if stage.kind == "bench":
+        return [*(measurement_file(run, arm) for arm in recipe.arms), run / "predictions.npz"]
+    return {
+        "groups": [run / "groups.json"],
+        "fit": [run / "source.safetensors"],
+        "search": [arm_file(run, "found.safetensors", arm)],
+        "cut": [arm_file(run, "certificate.json", arm), arm_file(run, "plan.json", arm)],
+        "tune": [run / f"{arm}.safetensors"],
+    }[stage.kind]
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -24,7 +24,7 @@ from vpdeploy.models.build import Built, build, check_forward
 from vpdeploy.progress import Display
 from vpdeploy.recipe import CHECKPOINT_SUFFIXES, Recipe, dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, read_recipe
+from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, files_left, read_recipe
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
@@ -45,7 +45,8 @@ class Workbench:
     compute: Callable[[], Compute]
 
     def is_done(self, stage: Stage) -> bool:
-        return self.ledger.is_done(stage, self.recipe)
+        """Whether ``stage`` was finished with these values, and nothing of what it left has been removed since."""
+        return is_done(self.ledger, stage, self.recipe, run=self.run)
 
     @contextmanager
     def doing(self, stage: Stage) -> Iterator[None]:
@@ -73,26 +74,26 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     Raises: RunFolderError when the folder holds another recipe's run; DataError, ModelError for what does not fit.
     """
     source = open_source(recipe.data, seed=recipe.seed)
-    begun = read_recipe(run) if (run / "recipe.toml").exists() else None
+    afresh = redo is not None and comes_after(Stage("fit"), redo)
+    begun = read_recipe(run) if (run / "recipe.toml").exists() and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
     ledger = Ledger(run / "stages.json", _fingerprints(recipe, source))
-    if redo is not None:
-        for name in ledger.forget(redo):
-            (run / "state" / f"{name.replace(':', '.')}.pt").unlink(missing_ok=True)
-    ledger.refuse_retraining(recipe, run=run)
-    about = run_folder.read_network(run / "source.safetensors")[2] if (run / "source.safetensors").exists() else {}
-    fresh = not ledger.is_done(Stage("fit"), recipe)
+    ledger.refuse_retraining(recipe, run=run, redo=redo)
+    fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
         recipe.model,
         classes=len(source.classes),
         seed=recipe.seed,
         with_weights=fresh,
-        source_classes=None if fresh else about["source_classes"],
+        source_classes=None if fresh else run_folder.read_network(run / "source.safetensors")[2]["source_classes"],
     )
     if fresh:
         outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
         check_forward(built.backbone, canvas_size=recipe.input.canvas, classes=outputs)
     recipe = _settle(recipe, built)
+    if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
+        for name in ledger.forget(redo):
+            (run / "state" / f"{name.replace(':', '.')}.pt").unlink(missing_ok=True)
     run_folder.write_bytes(run / "recipe.toml", dump_recipe(recipe).encode())
     return Workbench(
         run=run,
@@ -104,6 +105,11 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         training_data=cache(lambda: _training_data(source, recipe, run=run, display=display)),
         compute=cache(lambda: choose_compute(built.backbone, recipe=recipe)),
     )
+
+
+def is_done(ledger: Ledger, stage: Stage, recipe: Recipe, *, run: Path) -> bool:
+    """Whether the ledger says so, and every file that ``stage`` left is there."""
+    return ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
 
 
 def note_environment(run: Path, command: str) -> None:

@@ -114,7 +114,10 @@ ONE_PROBLEM = [
         "prompt.pixels.size: got 9; a 'fix' prompt on a canvas of 8 takes at most 8: ",
     ),
     ({"compare": {"arms": ["dense"]}}, "compare.arms: 'pruned' is missing; every report compares dense with pruned"),
-    ({"compare": {"arms": ["pruned", "dense", "pruned"]}}, "compare.arms: got ['pruned', 'dense', 'pruned']; expected "),
+    (
+        {"compare": {"arms": ["pruned", "dense", "pruned"]}},
+        "compare.arms: got ['pruned', 'dense', 'pruned']; expected ",
+    ),
     (
         {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"kind": "none"}}},
         "compare.arms: 'dense+prompt' needs a prompt, but prompt.pixels.kind is 'none'; ",
@@ -146,7 +149,15 @@ def test_every_problem_is_told_at_once():
             "compute": {"workers": "many"},
         }
     )
-    keys = {"tune.epoch", "tune.optimizer", "data.max_pixels", "data.root", "budget", "budget.round_to", "compute.workers"}
+    keys = {
+        "tune.epoch",
+        "tune.optimizer",
+        "data.max_pixels",
+        "data.root",
+        "budget",
+        "budget.round_to",
+        "compute.workers",
+    }
     assert {line.split(":")[0] for line in found} >= keys | {"input.canvas_size"}
     assert len(found) == len(set(found))
 
@@ -342,7 +353,9 @@ def other(key: str, value: object) -> object:
 
 def test_the_hash_changes_with_every_key():
     recipe = parse({})
-    values = {key: value for key, value in flatten(recipe).items() if key not in ("search.method", "budget.params_ratio")}
+    values = {
+        key: value for key, value in flatten(recipe).items() if key not in ("search.method", "budget.params_ratio")
+    }
     hashes = {key: recipe_hash(with_values(recipe, {key: other(key, value)})) for key, value in values.items()}
     assert len(values) > 50
     assert len({*hashes.values(), recipe_hash(recipe)}) == len(values) + 1

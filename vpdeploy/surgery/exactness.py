@@ -86,6 +86,9 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup]) -> ChannelGroup:
         )
         return replace(groups[0], status="excluded", reason=reason)
     difference, control = relative_difference(masked, removed), relative_difference(bench.full, masked)
+    if difference == float("inf"):  # no difference to tell, and none that JSON could hold
+        reason = "not probed: the logits with random weights are not finite, or change their shape"
+        return replace(groups[0], status="excluded", reason=reason)
     if not difference <= EXACT:
         reason = f"masked and removed differ by {difference:.2g} of the largest logit"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
