@@ -25,7 +25,7 @@ from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe import Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, onnx_file
-from vpdeploy.values import Measurement, Parities
+from vpdeploy.values import Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
 PARITY_IMAGES = 32
@@ -42,29 +42,39 @@ def baked(work: Workbench, arm: str, form: str) -> Deployable:
 
 def export_arms(work: Workbench) -> None:
     """Every arm in every form: bake, export, parity; then the package around them."""
-    stages = [Stage("export", arm) for arm in work.recipe.arms]
-    if all(work.is_done(stage) for stage in stages):
+    package = Stage("export")
+    if work.is_done(package):
         return
-    recipe, folder = work.recipe, work.run / "export"
-    (folder / "manifest.json").unlink(missing_ok=True)  # an export is whole again when this is written, last of all
-    images = [work.source.val.read(i) for i in _spread(len(work.source.val), PARITY_IMAGES)]
+    vectors: dict[str, Vectors] = {}
+    with work.doing(package):
+        for arm in work.recipe.arms:
+            vectors |= _export_arm(work, arm)
+        _keep_pictures(work)
+        write_package(
+            work.run / "export",
+            vectors=vectors,
+            classes=work.source.classes,
+            recipe=work.recipe,
+            version=version("vpdeploy"),
+        )
+
+
+def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
+    """Write one arm's files and their parity; file name -> test vectors."""
+    recipe, val = work.recipe, work.source.val
+    images = [val.read(i) for i in _spread(len(val), PARITY_IMAGES)]
     share = VECTOR_BYTES // (len(recipe.arms) * len(recipe.export.forms))
     vectors: dict[str, Vectors] = {}
-    for stage in stages:
-        with work.doing(stage):
-            parities = []
-            for form in recipe.export.forms:
-                name = onnx_file(work.run, stage.arm, form).name
-                deployable = baked(work, stage.arm, form)
-                metadata = describe(
-                    recipe, arm=stage.arm, form=form, classes=work.source.classes, version=version("vpdeploy")
-                )
-                to_onnx(deployable, folder / name, opset=recipe.export.opset, metadata=metadata)
-                parity, vectors[name] = check_parity(deployable, folder / name, images=images, vector_bytes=share)
-                parities.append(parity)
-            run_folder.write_value(arm_file(work.run, "parity.json", stage.arm), Parities(tuple(parities)))
-    _keep_pictures(work)
-    write_package(folder, vectors=vectors, classes=work.source.classes, recipe=recipe, version=version("vpdeploy"))
+    parities: list[Parity] = []
+    for form in recipe.export.forms:
+        path, deployable = onnx_file(work.run, arm, form), baked(work, arm, form)
+        about = describe(recipe, arm=arm, form=form, classes=work.source.classes, version=version("vpdeploy"))
+        to_onnx(deployable, path, opset=recipe.export.opset, metadata=about)
+        parity, vectors[path.name] = check_parity(deployable, path, images=images, vector_bytes=share)
+        parities.append(parity)
+        work.display.say(f"{path.name}: torch and ONNX Runtime agree to {parity.relative_error:.1e}")
+    run_folder.write_value(arm_file(work.run, "parity.json", arm), Parities(tuple(parities)))
+    return vectors
 
 
 def _keep_pictures(work: Workbench) -> None:
@@ -94,9 +104,7 @@ def measure_arms(work: Workbench) -> None:
     stage, recipe = Stage("bench"), work.recipe
     if work.is_done(stage):
         return
-    files = {
-        arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms
-    }
+    files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     with work.doing(stage):
         labels, predictions = _predictions(work, files)
         latencies = measure_latencies(files, recipe=recipe)

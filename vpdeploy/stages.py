@@ -19,7 +19,7 @@ from vpdeploy.errors import RecipeError, RunFolderError
 from vpdeploy.recipe import Recipe, flatten, parse_recipe
 from vpdeploy.run_folder import read_bytes, write_bytes
 
-ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench", "report")
+ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench")
 
 _NETWORK = ("model", "input")
 _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
@@ -54,14 +54,16 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     elif stage.kind == "tune":
         tables = (*base, "tune")
     elif stage.kind == "export":
-        tables = (*base, "tune", "export")
+        tables = (*_SEARCH, "tune", "export")
     else:
         tables = (*_SEARCH, "tune", "export", "bench")
     read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
     if stage.arm == "pruned-prompt":
         read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
-    if stage.kind in ("bench", "report"):
-        read |= {"data.limit_test": recipe.data.limit_test, "compare.arms": list(recipe.arms)}
+    if stage.kind in ("export", "bench"):
+        read["compare.arms"] = list(recipe.arms)
+    if stage.kind == "bench":
+        read["data.limit_test"] = recipe.data.limit_test
     return read
 
 
@@ -169,8 +171,9 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
     """What ``stage`` leaves in the run folder for those after it."""
     arm = stage.arm
     if stage.kind == "export":
-        forms = [onnx_file(run, arm, form) for form in recipe.export.forms]
-        return [*forms, arm_file(run, "parity.json", arm), run / "export" / "manifest.json"]
+        forms = [onnx_file(run, arm, form) for arm in recipe.arms for form in recipe.export.forms]
+        parities = [arm_file(run, "parity.json", arm) for arm in recipe.arms]
+        return [*forms, *parities, run / "export" / "manifest.json"]
     if stage.kind == "bench":
         return [*(measurement_file(run, arm) for arm in recipe.arms), run / "predictions.npz"]
     return {
