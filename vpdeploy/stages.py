@@ -133,12 +133,20 @@ class Ledger:
         if not self.path.exists():
             return {}
         try:
-            return json.loads(read_bytes(self.path))
+            entries = json.loads(read_bytes(self.path))
         except ValueError as e:
             raise RunFolderError(f"{self.path}: damaged: {e}; choose another folder with -o") from e
+        if not isinstance(entries, dict) or not all(_is_entry(name, entry) for name, entry in entries.items()):
+            raise RunFolderError(f"{self.path}: damaged: no list of stages; choose another folder with -o")
+        return entries
 
     def _write(self, entries: Mapping[str, Any]) -> None:
         write_bytes(self.path, json.dumps(entries, indent=1).encode())
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    known = name.partition(":")[0] in ORDER and isinstance(entry, dict)
+    return known and isinstance(entry.get("finished"), bool) and isinstance(entry.get("reads"), dict)
 
 
 def comes_after(stage: Stage, kind: str) -> bool:

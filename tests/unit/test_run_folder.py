@@ -41,9 +41,15 @@ def test_writing_makes_the_folder_and_replaces_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk is full; nothing that was there is lost. Free some space and run the same command again"),
+        (
+            errno.ENOSPC,
+            "the disk is full; nothing that was there is lost. Free some space and run the same command again",
+        ),
         (errno.EDQUOT, "the disk is full; nothing that was there is lost"),
-        (errno.EACCES, "cannot be written: Permission denied; choose another folder with -o, or change its permissions"),
+        (
+            errno.EACCES,
+            "cannot be written: Permission denied; choose another folder with -o, or change its permissions",
+        ),
         (errno.EROFS, "cannot be written: Read-only file system; choose another folder with -o"),
     ],
 )
@@ -140,7 +146,9 @@ def test_damaged_json_names_the_file_and_the_way_on(tmp_path, content):
 def test_another_schema_is_another_version(tmp_path):
     path = tmp_path / "parity.json"
     path.write_bytes(run_folder.dump(PARITIES).replace(b'"schema": 1', b'"schema": 99'))
-    with pytest.raises(RunFolderError, match=r"parity\.json: got schema 99; expected 1: it was written by another version"):
+    with pytest.raises(
+        RunFolderError, match=r"parity\.json: got schema 99; expected 1: it was written by another version"
+    ):
         run_folder.read_value(path, Parities)
 
 
