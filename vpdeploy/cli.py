@@ -27,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out, err = Console(), Console(stderr=True)
+# A pipe has no width: 80 columns would cut the figures out of the table.
+out = Console(width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True)
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a recipe in TOML, such as recipes/quickstart.toml")
