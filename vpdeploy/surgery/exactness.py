@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMas
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating must change the logits by this much, relative, or the probe saw nothing
+Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
 
 
@@ -35,45 +36,46 @@ def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> Ch
     """Decide for every group whether removal equals masking. ``backbone`` is unchanged.
 
     On a float64 copy in eval mode with every parameter and statistic redrawn (a last BatchNorm scale of 0 would pass
-    anything), at the smallest input that the network takes: a random half of every group is gated, the same half removed;
-    the logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards, bisected on
-    disagreement; a group that alone disagrees is excluded with the difference.
+    anything), at the smallest input that the network takes: half of every group is gated, the same half removed; the
+    logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards for each of
+    HALVES, bisected on disagreement; a group that alone disagrees is excluded with the difference.
 
     Raises: SurgeryError when no input up to ``canvas_size`` runs.
     """
     bench = _bench(backbone, canvas_size)
     candidates = [group for group in groups.groups if group.status != "excluded"]
-    verdicts = {group.root: group for group in _judge(bench, candidates)}
+    verdicts = {group.root: group for group in candidates}
+    for half in HALVES:
+        standing = [group for group in verdicts.values() if group.status != "excluded"]
+        verdicts |= {group.root: group for group in _judge(bench, standing, half)}
     accepted = [group for group in verdicts.values() if group.status == "exact"]
-    if len(accepted) < len(candidates) and accepted:
-        together = _verdict(bench, accepted)
-        if together.status != "exact":  # exact alone, not together: nothing can be promised
-            verdicts |= {
-                g.root: replace(g, status="excluded", reason=f"together with others {together.reason}")
-                for g in accepted
-            }
+    if len(accepted) < len(candidates):
+        for together in [_verdict(bench, accepted, half) for half in HALVES if accepted]:
+            if together.status != "exact":  # exact alone, not together: nothing can be promised
+                reason = f"together with others {together.reason}"
+                verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
     return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
-def _judge(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half) -> list[ChannelGroup]:
     if not groups:
         return []
-    verdict = _verdict(bench, groups)
+    verdict = _verdict(bench, groups, half)
     if verdict.status == "exact" or len(groups) == 1:
         return [
             replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
             for group in groups
         ]
-    half = len(groups) // 2
-    return _judge(bench, groups[:half]) + _judge(bench, groups[half:])
+    middle = len(groups) // 2
+    return _judge(bench, groups[:middle], half) + _judge(bench, groups[middle:], half)
 
 
-def _verdict(bench: _Bench, groups: Sequence[ChannelGroup]) -> ChannelGroup:
+def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half) -> ChannelGroup:
     """One verdict for all ``groups`` together, on the first of them."""
     narrow = next((group for group in groups if group.width < 2), None)
     if narrow is not None:
         return replace(groups[0], status="excluded", reason="it is one channel wide")
-    mask = _random_half(groups)
+    mask = half(groups)
     row = mask_row(groups, mask, dtype=torch.float64)
     try:
         with torch.no_grad():
@@ -113,6 +115,15 @@ def _random_half(groups: Sequence[ChannelGroup]) -> ChannelMask:
         gone = set(order[: group.width // 2])
         keep[group.root] = tuple(channel not in gone for channel in range(group.width))
     return ChannelMask(keep)
+
+
+def _first_half(groups: Sequence[ChannelGroup]) -> ChannelMask:
+    return ChannelMask({g.root: tuple(channel >= g.width // 2 for channel in range(g.width)) for g in groups})
+
+
+# A random half of a few channels may be its own mirror image, or take as much from each part of a grouped convolution,
+# and such a group would pass (8 channels and a flip did). No flip, roll or grouping leaves the first half as it is.
+HALVES: tuple[Half, ...] = (_random_half, _first_half)
 
 
 def _bench(backbone: nn.Module, canvas_size: int) -> _Bench:
