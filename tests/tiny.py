@@ -52,7 +52,7 @@ def images(count: int, *, seed: int, classes: int = CLASSES) -> Images:
 
 def data() -> TrainingData:
     """Batches of 8 leave a smaller last one."""
-    return TrainingData(train=images(28, seed=0), val=images(9, seed=1))
+    return TrainingData(train=images(28, seed=0), val=images(9, seed=1), classes=CLASSES)
 
 
 class Network(nn.Module):
@@ -88,7 +88,7 @@ def task(
     selector = build_selector(
         groups, cost, budget=table.kind, ratio=table.ratio, round_to=table.round_to, max_removal=table.max_removal
     )
-    return SearchTask(Dense(backbone, label_map), groups, selector, classifier="linear", prompted=prompted)
+    return SearchTask(Dense(backbone, label_map), groups, selector, prompted=prompted)
 
 
 def journal(folder: Path, stage: str = "stage") -> Journal:

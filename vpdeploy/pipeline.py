@@ -138,7 +138,7 @@ def searched(work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, sel
     if not work.is_done(stage):
         with work.doing(stage):
             prompted = arm == "pruned" and work.recipe.prompt.pixels.stages in ("both", "search")
-            task = SearchTask(dense, groups.prunable, selector, work.built.classifier, prompted)
+            task = SearchTask(dense, groups.prunable, selector, prompted)
             found = search(
                 task,
                 work.training_data(),

@@ -172,7 +172,7 @@ def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Di
     run_folder.write_bytes(
         run / "skipped.txt", "".join(f"{line}\n" for line in (*train.skipped, *val.skipped)).encode()
     )
-    return TrainingData(train, val)
+    return TrainingData(train, val, len(source.classes))
 
 
 # --- what stages leave on disk --------------------------------------------------------------------------------------

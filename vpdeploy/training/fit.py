@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpdeploy.data.prepared import batches
-from vpdeploy.models.classifier import class_count
 from vpdeploy.progress import Display
 from vpdeploy.prompts.label_map import count_pairs, frequency_map
 from vpdeploy.recipe import Recipe
@@ -36,7 +35,7 @@ def fit(
     table = recipe.fit
     network = Prompted(build_canvas(recipe, prompted=False), copy.deepcopy(backbone), compute)
     if recipe.model.head in ("flm", "ilm"):
-        network.map_labels(map_by_frequency(network, data, classifier=classifier))
+        network.map_labels(map_by_frequency(network, data))
     if table.what != "none":
         network.backbone.requires_grad_(True)
         if table.what == "head":
@@ -66,19 +65,15 @@ def label_map_of(network: Prompted) -> tuple[int, ...] | None:
     return None if network.label_map is None else tuple(int(i) for i in network.label_map)
 
 
-def map_by_frequency(
-    network: Prompted, data: TrainingData, *, classifier: str, values: tuple[torch.Tensor, ...] = ()
-) -> tuple[int, ...]:
+def map_by_frequency(network: Prompted, data: TrainingData, *values: Tensor) -> tuple[int, ...]:
     """The frequency label map of ``network`` as it is, over the training images without augmentation."""
-    # A gated network keeps its backbone one level down; the classifier's outputs are never cut, so either count is right.
-    inner = getattr(network.backbone, "backbone", network.backbone)
-    sources, targets = class_count(inner, classifier), int(data.train.labels.max()) + 1
     was_training = network.training
     network.eval()
-    counts = torch.zeros(sources, targets, dtype=torch.int64)
+    counts = torch.zeros((), dtype=torch.int64)  # [source, target] from the first batch on
     with torch.no_grad():
         for pixels, labels in batches(data.train, torch.arange(len(data.train)), EVALUATION_BATCH):
             source = network.source_logits(to_pixels(pixels, network.compute.device), *values)
-            counts += count_pairs(source.argmax(dim=1).cpu(), labels, sources=sources, targets=targets)
+            predicted, sources = source.argmax(dim=1).cpu(), source.shape[1]
+            counts = counts + count_pairs(predicted, labels, sources=sources, targets=data.classes)
     network.train(was_training)
     return frequency_map(counts)

@@ -18,10 +18,11 @@ from vpdeploy.training.streams import derive, stream
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What training may see: never the test split."""
+    """What training may see: never the test split. A class may have no image in a small or limited ``train``."""
 
     train: Images
     val: Images
+    classes: int
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpdeploy.data.prepared import Images
 from vpdeploy.progress import Display
 from vpdeploy.recipe import Recipe
 from vpdeploy.run_folder import Journal
@@ -19,6 +21,7 @@ from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector, select_row
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import offsets
+from vpdeploy.training.evaluate import accuracy
 from vpdeploy.training.fit import label_map_of, map_by_frequency
 from vpdeploy.training.network import (
     Compute,
@@ -31,7 +34,7 @@ from vpdeploy.training.network import (
     to_pixels,
 )
 from vpdeploy.training.streams import seeded, stream
-from vpdeploy.training.weights import epoch_record, finite, tell, training_batches
+from vpdeploy.training.weights import EpochDone, finite, images_per_epoch, note_epoch, training_batches
 from vpdeploy.values import ChannelGroup, Dense, Found
 
 
@@ -42,7 +45,6 @@ class SearchTask:
     dense: Dense
     groups: Sequence[ChannelGroup]
     selector: Selector
-    classifier: str
     prompted: bool
 
 
@@ -58,6 +60,20 @@ class StraightThrough(torch.autograd.Function):
         return grad_outputs[0], None
 
 
+@dataclass(frozen=True)
+class _Learner:
+    """What a search trains: ``scores`` [channels of all groups] and the prompt of ``network``, by ``optimizer``."""
+
+    network: Prompted
+    scores: Tensor
+    optimizer: torch.optim.Optimizer
+    selector: Selector
+
+    def gates(self) -> Tensor:
+        """The hard mask of the scores as they are, as gate values without gradient: [channels]."""
+        return hard_mask(self.selector, self.scores).to(self.scores.dtype)
+
+
 def search(
     task: SearchTask, data: TrainingData, *, recipe: Recipe, compute: Compute, journal: Journal, display: Display
 ) -> Found:
@@ -68,75 +84,57 @@ def search(
 
     Raises: VpdeployError when the loss is not finite.
     """
-    table = recipe.search
-    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
-    network = Prompted(
-        build_canvas(recipe, prompted=task.prompted),
-        Gated(backbone, task.groups),
-        compute,
-        label_map=task.dense.label_map,
-    )
-    scores = _initial_scores(task, recipe).to(compute.device).requires_grad_(True)
-    prompt = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
-    optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=table.score_lr)
-    state, start = journal.resume(), 0
-    if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        scores.data.copy_(state["scores"])
-        network.map_labels(state["label_map"])
-        start = state["epoch"]
-    elif recipe.model.head in ("flm", "ilm"):
-        network.map_labels(_map(network, task, data, scores))
-    for epoch in range(start, table.epochs):
+    learner = _learner(task, recipe, compute)
+    network, head = learner.network, recipe.model.head
+    start = _resume(learner, journal)
+    if start == 0 and head in ("flm", "ilm"):
+        network.map_labels(map_by_frequency(network, data, learner.gates()))
+    for epoch in range(start, recipe.search.epochs):
         restart_prompt(network.canvas, seed=recipe.seed, stage="search", epoch=epoch)
-        if recipe.model.head == "ilm" and epoch > 0:
-            network.map_labels(_map(network, task, data, scores))
+        if head == "ilm" and epoch > 0:
+            network.map_labels(map_by_frequency(network, data, learner.gates()))
         with seeded(recipe.seed, "search", epoch):
-            loss, seconds = _epoch(network, scores, task, data, optimizer, recipe=recipe, epoch=epoch, display=display)
-        values = (hard_mask(task.selector, scores).to(scores.dtype),)
-        record = epoch_record(
-            journal.stage, epoch, table.epochs, loss=loss, seconds=seconds, network=network, data=data, values=values
-        )
-        journal.save(_state(network, optimizer, scores, epoch + 1), record)
-        tell(record, display)
-    return _found(network, scores, task)
+            done = _epoch(learner, data.train, recipe=recipe, epoch=epoch, display=display)
+        accuracy_val = accuracy(network, data.val, learner.gates())
+        note_epoch(journal, _state(learner, epoch + 1), done=done, accuracy_val=accuracy_val, display=display)
+    return _found(learner, task.groups)
 
 
-def _epoch(
-    network: Prompted,
-    scores: Tensor,
-    task: SearchTask,
-    data: TrainingData,
-    optimizer: torch.optim.Optimizer,
-    *,
-    recipe: Recipe,
-    epoch: int,
-    display: Display,
-) -> tuple[float, float]:
-    """One pass over the training images: (mean loss of the prompted steps, seconds)."""
-    table = recipe.search
+def _learner(task: SearchTask, recipe: Recipe, compute: Compute) -> _Learner:
+    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
+    canvas = build_canvas(recipe, prompted=task.prompted)
+    network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
+    scores = _initial_scores(task, recipe).to(compute.device).requires_grad_(True)
+    prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
+    optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
+    return _Learner(network, scores, optimizer, task.selector)
+
+
+def _epoch(learner: _Learner, images: Images, *, recipe: Recipe, epoch: int, display: Display) -> EpochDone:
+    """One pass over the training images; the loss is that of the prompted steps."""
+    table, network, scores = recipe.search, learner.network, learner.scores
     network.train()
-    steps = -(-len(data.train) // table.batch_size)
+    count = images_per_epoch(len(images), table.batch_size)
+    steps = math.ceil(count / table.batch_size)
+    both = table.unprompted_step and network.canvas.prompt is not None
     total, began = torch.zeros((), device=scores.device), time.perf_counter()
     walk = training_batches(
-        data.train, table.batch_size, seed=recipe.seed, stage="search", epoch=epoch, how=recipe.data.augment
+        images, table.batch_size, seed=recipe.seed, stage="search", epoch=epoch, how=recipe.data.augment
     )
-    with display.bar(walk, label=f"{'search'} epoch {epoch + 1}/{table.epochs}", total=steps) as bar:
+    with display.bar(walk, label=f"search epoch {epoch + 1}/{table.epochs}", total=steps) as bar:
         for step, (pixels, labels) in enumerate(bar):
-            done = (epoch * steps + step) / (table.epochs * steps)
-            set_learning_rates(optimizer, peaks=(table.score_lr, table.prompt_lr), done=done)
-            images, labels = to_pixels(pixels, scores.device), labels.to(scores.device)
-            for prompted in (True, False) if table.unprompted_step and task.prompted else (True,):
-                loss = search_step(network, scores, task.selector, images, labels, prompted=prompted)
-                optimizer.zero_grad(set_to_none=True)
+            share = (epoch * steps + step) / (table.epochs * steps)
+            set_learning_rates(learner.optimizer, peaks=(table.score_lr, table.prompt_lr), done=share)
+            x, labels = to_pixels(pixels, scores.device), labels.to(scores.device)
+            for prompted in (True, False) if both else (True,):
+                loss = search_step(network, scores, learner.selector, x, labels, prompted=prompted)
+                learner.optimizer.zero_grad(set_to_none=True)  # None, not 0: Adam then leaves an unused prompt alone
                 loss.backward()
-                optimizer.step()
+                learner.optimizer.step()
                 if prompted:
                     total += loss.detach() * len(labels)
-    return finite(
-        float(total) / len(data.train), "a smaller search.score_lr or search.prompt_lr"
-    ), time.perf_counter() - began
+    loss = finite(float(total) / count, "a smaller search.score_lr or search.prompt_lr")
+    return EpochDone(epoch, table.epochs, loss, time.perf_counter() - began, images=count)
 
 
 def search_step(
@@ -162,31 +160,38 @@ def _initial_scores(task: SearchTask, recipe: Recipe) -> Tensor:
     return torch.cat([by_root[group.root] for group in task.groups])
 
 
-def _map(network: Prompted, task: SearchTask, data: TrainingData, scores: Tensor) -> tuple[int, ...]:
-    values = (hard_mask(task.selector, scores).to(scores.dtype),)
-    return map_by_frequency(network, data, classifier=task.classifier, values=values)
-
-
-def _state(network: Prompted, optimizer: torch.optim.Optimizer, scores: Tensor, epoch: int) -> dict[str, object]:
+def _state(learner: _Learner, epoch: int) -> dict[str, object]:
     return {
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scores": scores.detach(),
-        "label_map": label_map_of(network),
+        "network": learner.network.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scores": learner.scores.detach(),
+        "label_map": label_map_of(learner.network),
         "epoch": epoch,
     }
 
 
-def _found(network: Prompted, scores: Tensor, task: SearchTask) -> Found:
-    places = offsets(task.groups)
-    row = scores.detach().cpu()
-    gated = network.backbone
+def _resume(learner: _Learner, journal: Journal) -> int:
+    """Put back what the last finished epoch left; gives how many are done."""
+    state = journal.resume()
+    if state is None:
+        return 0
+    learner.network.load_state_dict(state["network"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scores.data.copy_(state["scores"])
+    learner.network.map_labels(state["label_map"])
+    return state["epoch"]
+
+
+def _found(learner: _Learner, groups: Sequence[ChannelGroup]) -> Found:
+    places = offsets(groups)
+    row = learner.scores.detach().cpu()
+    gated = learner.network.backbone
     assert isinstance(gated, Gated)
     return Found(
-        scores={group.root: row[places[group.root]].clone() for group in task.groups},
-        prompt=prompt_state(network.canvas),
+        scores={group.root: row[places[group.root]].clone() for group in groups},
+        prompt=prompt_state(learner.network.canvas),
         norm_statistics=norm_statistics(gated.backbone),
-        label_map=label_map_of(network),
+        label_map=label_map_of(learner.network),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ def train_weights(
 
     Raises: VpdeployError when the loss is not finite.
     """
-    optimizer, peaks = _optimizer(network, schedule)
+    optimizer = _optimizer(network, schedule)
     state = journal.resume()
     start = 0
     if state is not None:
@@ -57,14 +58,9 @@ def train_weights(
     for epoch in range(start, schedule.epochs):
         restart_prompt(network.canvas, seed=schedule.seed, stage=schedule.streams, epoch=epoch)
         with seeded(schedule.seed, schedule.streams, epoch):
-            loss, seconds = _epoch(
-                network, data.train, optimizer, schedule=schedule, epoch=epoch, peaks=peaks, display=display
-            )
-        record = epoch_record(
-            journal.stage, epoch, schedule.epochs, loss=loss, seconds=seconds, network=network, data=data
-        )
-        journal.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, record)
-        tell(record, display)
+            done = _epoch(network, data.train, optimizer, schedule=schedule, epoch=epoch, display=display)
+        state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        note_epoch(journal, state, done=done, accuracy_val=accuracy(network, data.val), display=display)
     return network.eval()
 
 
@@ -75,12 +71,13 @@ def _epoch(
     *,
     schedule: WeightSchedule,
     epoch: int,
-    peaks: list[float],
     display: Display,
-) -> tuple[float, float]:
-    """One pass over the training images: (mean loss, seconds)."""
+) -> EpochDone:
+    """One pass over the training images."""
     network.train()
-    steps = -(-len(images) // schedule.batch_size)
+    count = images_per_epoch(len(images), schedule.batch_size)
+    steps = math.ceil(count / schedule.batch_size)
+    peaks = (schedule.weight_lr, schedule.weight_lr, schedule.prompt_lr)  # of the optimizer's groups
     total, began = torch.zeros((), device=network.compute.device), time.perf_counter()
     walk = training_batches(
         images, schedule.batch_size, seed=schedule.seed, stage=schedule.streams, epoch=epoch, how=schedule.augment
@@ -94,7 +91,17 @@ def _epoch(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(labels)
-    return finite(float(total) / len(images), "a smaller weight_lr"), time.perf_counter() - began
+    loss = finite(float(total) / count, "a smaller weight_lr")
+    return EpochDone(epoch, schedule.epochs, loss, time.perf_counter() - began, images=count)
+
+
+def images_per_epoch(count: int, batch_size: int) -> int:
+    """How many of ``count`` images one epoch trains on: a last batch of one image is left out.
+
+    From one image alone a norm on a 1x1 map has nothing to compute a variance from, and torch refuses it.
+    """
+    lone = count % batch_size == 1 and count > batch_size > 1
+    return count - lone
 
 
 def training_batches(
@@ -104,12 +111,13 @@ def training_batches(
     streams, so that changing one leaves the other.
     """
     order = torch.randperm(len(images), generator=stream(seed, stage, epoch, "order"))
+    order = order[: images_per_epoch(len(images), batch_size)]
     generator = stream(seed, stage, epoch, "augment")
     for pixels, labels in batches(images, order, batch_size):
         yield augment(pixels, how, generator=generator), labels
 
 
-def _optimizer(network: Prompted, schedule: WeightSchedule) -> tuple[torch.optim.Optimizer, list[float]]:
+def _optimizer(network: Prompted, schedule: WeightSchedule) -> torch.optim.Optimizer:
     """Three groups: weights with decay; norms and biases without; the prompt without, at its own rate."""
     trainable = [p for p in network.backbone.parameters() if p.requires_grad]
     prompt = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
@@ -118,43 +126,45 @@ def _optimizer(network: Prompted, schedule: WeightSchedule) -> tuple[torch.optim
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         {"params": prompt, "weight_decay": 0.0},
     ]
-    peaks = [schedule.weight_lr, schedule.weight_lr, schedule.prompt_lr]
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=schedule.weight_lr, momentum=0.9), peaks
-    return torch.optim.AdamW(groups, lr=schedule.weight_lr), peaks
+        return torch.optim.SGD(groups, lr=schedule.weight_lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=schedule.weight_lr)
 
 
 def finite(loss: float, remedy: str) -> float:
-    if loss != loss or loss in (float("inf"), float("-inf")):
+    """``loss``. Raises: VpdeployError when it is not finite, before the epoch's state replaces the last good one."""
+    if not math.isfinite(loss):
         raise VpdeployError(
             f"training: the loss became {loss}; expected a number: the steps are too large, try {remedy}"
         )
     return loss
 
 
-def epoch_record(
-    stage: str,
-    epoch: int,
-    epochs: int,
-    *,
-    loss: float,
-    seconds: float,
-    network: Prompted,
-    data: TrainingData,
-    values: tuple[Tensor, ...] = (),
-) -> EpochRecord:
-    return EpochRecord(
-        stage=stage,
-        epoch=epoch + 1,
-        epochs=epochs,
-        loss=loss,
-        accuracy_val=accuracy(network, data.val, *values),
-        seconds=seconds,
-        images_per_second=len(data.train) / seconds,
+@dataclass(frozen=True)
+class EpochDone:
+    """One pass over the training images: which, of how many, its mean loss, and what it took."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    seconds: float
+    images: int
+
+
+def note_epoch(
+    journal: Journal, state: Mapping[str, object], *, done: EpochDone, accuracy_val: float, display: Display
+) -> None:
+    """Save what the stage goes on from, write the epoch down, and tell it."""
+    record = EpochRecord(
+        stage=journal.stage,
+        epoch=done.epoch + 1,
+        epochs=done.epochs,
+        loss=done.loss,
+        accuracy_val=accuracy_val,
+        seconds=done.seconds,
+        images_per_second=done.images / done.seconds,
     )
-
-
-def tell(record: EpochRecord, display: Display) -> None:
+    journal.save(state, record)
     display.say(
         f"{record.stage}  epoch {record.epoch}/{record.epochs}  loss {record.loss:.4f}  "
         f"val top-1 {record.accuracy_val:.2%}  {record.seconds:.1f} s  {record.images_per_second:.0f} images/s"
