@@ -51,6 +51,7 @@ RedoOption = Annotated[
         help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
     ),
 ]
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
@@ -67,9 +68,10 @@ def _user_errors() -> Iterator[None]:
     except VpdeployError as e:
         err.print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True)
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            err.print("interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True)
+        raise
 
 
 def _plain(text: str) -> str:
