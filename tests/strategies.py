@@ -208,7 +208,7 @@ def costs(draw: st.DrawFn, *, max_width: int = 40) -> tuple[tuple[ChannelGroup, 
     share = rng.integers(0, 3, (2, tensors, g)) * (rng.random((2, tensors, g)) < 0.5)
     share[0, 0] += share.sum((0, 1)) == 0  # every group costs something
     constant = rng.integers(0, 4, (2, tensors))
-    constant[1, 0] += 1
+    constant[:, 0] += 1  # and a network is never free
     rest, positions = rng.integers(1, 10, tensors), rng.integers(0, 17, tensors)
     positions[0] += 1
     groups = tuple(ChannelGroup(f"layer{i}", width, ()) for i, width in enumerate(widths))
