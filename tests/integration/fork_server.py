@@ -11,12 +11,20 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from vpdeploy import cli, inspection, pipeline
-from vpdeploy.data import digits
+import matplotlib.backends.backend_svg
+import onnxscript
+import sklearn.datasets
+import torch
 
-LOADED = (inspection, pipeline, digits)
+from vpdeploy import cli, pipeline
+from vpdeploy.report import render
+
+LOADED = (matplotlib.backends.backend_svg, onnxscript, sklearn.datasets, pipeline, render)
+with redirect_stdout(sys.stderr):  # the exporter's first use imports and registers for seconds
+    torch.onnx.export(torch.nn.Linear(1, 1).eval(), (torch.zeros(1, 1),), dynamo=True, verbose=False)
 
 
 def arrange(at: str, nth: int, what: str) -> None:

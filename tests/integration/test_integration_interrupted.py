@@ -24,24 +24,27 @@ PLACES = {
     "search:pruned": ("state/search.pruned.pt", 2),
     "cut:pruned": ("plan.json", 1),
     "tune:pruned": ("state/tune.pruned.pt", 2),
-    "export": ("export/pruned.onnx", 1),
-    "bench": ("measured/pruned.json", 1),
+    "export": ("export/dense.onnx", 1),
+    "bench": ("measured/dense.json", 1),
 }
-BY_SIGNAL = ("fit", "search:pruned", "tune:pruned", "export", "bench")
-# kind -> the stages in which it strikes, one after the other in one run; exit status; what the last line says
-STOPS = {
-    "kill before": (BY_SIGNAL, -signal.SIGKILL, ""),
-    "interrupt after": (
-        BY_SIGNAL,
-        130,
-        "interrupted; every finished epoch is on disk: the same command goes on from there",
-    ),
-    "full": (
-        ("groups", "fit", "tune:dense", "cut:pruned", "export", "bench"),
-        1,
-        "the disk is full; nothing that was there is lost. Free some space and run the same command again",
-    ),
+# kind -> exit status, and how the last line on stderr ends
+ENDS = {
+    "kill before": (-signal.SIGKILL, ""),
+    "interrupt after": (130, "interrupted; every finished epoch is on disk: the same command goes on from there"),
+    "full": (1, "the disk is full; nothing that was there is lost. Free some space and run the same command again"),
 }
+KILLED = [("kill before", stage) for stage in ("fit", "search:pruned", "tune:pruned", "export", "bench")]
+INTERRUPTED_OR_FULL = [
+    ("full", "groups"),
+    ("interrupt after", "fit"),
+    ("full", "tune:dense"),
+    ("interrupt after", "search:pruned"),
+    ("full", "cut:pruned"),
+    ("interrupt after", "tune:pruned"),
+    ("interrupt after", "export"),
+    ("full", "export"),
+    ("interrupt after", "bench"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +75,11 @@ def epochs(run: Path) -> list[tuple[str, int, float, float]]:
     return [(r.stage, r.epoch, r.loss, r.accuracy_val) for r in history]
 
 
-@pytest.mark.parametrize("what", STOPS)
-def test_a_run_stopped_in_every_stage_ends_like_an_undisturbed_one(undisturbed, command, tmp_path, what):
+@pytest.mark.parametrize("stops", [KILLED, INTERRUPTED_OR_FULL], ids=["killed", "interrupted or full"])
+def test_a_run_stopped_in_every_stage_ends_like_an_undisturbed_one(undisturbed, command, tmp_path, stops):
     run = tmp_path / "run"
-    stages, status, message = STOPS[what]
-    for stage in stages:
-        at, nth = PLACES[stage]
+    for what, stage in stops:
+        (at, nth), (status, message) = PLACES[stage], ENDS[what]
         done = command(*smoke(run), at=f"/run/{at}", nth=nth, what=what)
         assert (done.status, unfinished(run)) == (status, [stage]), done.err
         assert done.out == "" and "Traceback" not in done.err

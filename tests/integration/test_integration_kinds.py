@@ -1,0 +1,230 @@
+"""Every kind of prompt, head, resize and budget once from end to end, on generated images; several in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from integration.stand_ins import write_images
+
+from vpdeploy import pipeline, run_folder
+from vpdeploy.progress import Display
+from vpdeploy.recipe import parse_recipe
+from vpdeploy.values import EpochRecord, Found, Report
+
+FACTORY = '''
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.linear = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv1(x)))
+        return self.linear(torch.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+def make(classes=7):
+    return Tiny(classes)
+'''
+CLASSES = 3
+SIZE, CANVAS = 8, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Images of three classes and of many sizes, the factory of a tiny network, and a checkpoint of it for 7 classes."""
+    place = tmp_path_factory.mktemp("kinds")
+    write_images(place / "images.zip", classes=[f"class {k}" for k in range(CLASSES)], each=12, sizes=((9, 14), (12, 8)))
+    (place / "tiny.py").write_text(FACTORY)
+    namespace: dict[str, Any] = {}
+    exec(FACTORY, namespace)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        torch.save(namespace["make"]().state_dict(), place / "tiny.pt")
+    return place
+
+
+def go(folder: Path, run: Path, **changes: dict[str, Any]) -> Report:
+    """The whole road with one epoch a stage. ``changes``: table -> keys."""
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"name": "tiny.py:make"},
+        "data": {"name": "imagefolder", "root": "images.zip", "val_fraction": 0.25, "augment": "none"},
+        "input": {"image_size": SIZE, "canvas_size": CANVAS},
+        "prompt": {"pixels": {"kind": "pad", "size": 2}},
+        "fit": {"epochs": 1, "batch_size": 8, "weight_lr": 0.1},
+        "search": {"epochs": 1, "batch_size": 8, "prompt_lr": 0.1},
+        "budget": {"macs_ratio": 0.5, "round_to": 2},
+        "tune": {"epochs": 1, "batch_size": 8, "prompt_lr": 0.5},
+        "compute": {"precision": "fp32", "channels_last": "no", "device": "cpu"},
+        "compare": {"arms": ["dense", "pruned"]},
+        "export": {"forms": ["uint8"]},
+        "bench": {"batches": [1], "threads": [1], "seconds": 0.001, "image_size": [9, 9]},
+    }
+    for table, keys in changes.items():
+        raw[table] = {**raw.get(table, {}), **keys}
+    recipe = parse_recipe(raw, where="kinds", folder=folder)
+    return pipeline.run(recipe, run, command="a test", display=Display(quiet=True))
+
+
+def logits(run: Path, arm: str, image: np.ndarray, *, form: str = "uint8") -> np.ndarray:
+    """What the exported file gives for one image [h, w, 3]: [k]."""
+    name = f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx"
+    session = onnxruntime.InferenceSession(str(run / "export" / name), providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"image": image[None]})[0][0]
+
+
+def prompt_of(run: Path, arm: str) -> dict[str, torch.Tensor]:
+    """The learned tensors of the prompt that the arm ships; empty without one."""
+    return run_folder.read_network(run / f"{arm}.safetensors")[1]
+
+
+def found(run: Path, arm: str = "pruned") -> Found:
+    return run_folder.read_found(run / ("found.safetensors" if arm == "pruned" else f"found.{arm}.safetensors"))
+
+
+def records(run: Path) -> list[EpochRecord]:
+    return list(run_folder.read_history(run / "history.jsonl"))
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_square_in_the_corner_on_the_central_crop(folder, tmp_path):
+    """kind fix, resize shorter-side-crop, budget channel_ratio."""
+    report = go(
+        folder,
+        tmp_path,
+        prompt={"pixels": {"kind": "fix", "size": 3}},
+        input={"resize": "shorter-side-crop"},
+        budget={"macs_ratio": None, "channel_ratio": 0.5},
+    )
+    assert prompt_of(tmp_path, "pruned")["square"].shape == (3, 3, 3)
+    drawn = run_folder.read_arrays(tmp_path / "prompt.npz")["prompt"]
+    assert np.abs(drawn[:, :3, :3]).min() > 0 and not drawn[:, 3:].any() and not drawn[:, :, 3:].any()
+    # What lies outside of the central square is never seen.
+    wide = np.random.default_rng(0).integers(0, 256, (10, 30, 3)).astype(np.uint8)
+    other = wide.copy()
+    other[:, :10], other[:, 20:] = 0, 255
+    assert np.array_equal(logits(tmp_path, "pruned", wide), logits(tmp_path, "pruned", other))
+    other[:, 10:20] = 255 - other[:, 10:20]
+    assert not np.array_equal(logits(tmp_path, "pruned", wide), logits(tmp_path, "pruned", other))
+    certificate = report.certificates["pruned"]
+    assert (certificate.budget, certificate.requested, certificate.reached) == ("channel_ratio", 0.5, 0.5)
+    assert sum(g.kept for g in certificate.groups) == 16 and sum(g.width for g in certificate.groups) == 32
+
+
+def test_a_square_that_moves_ships_at_its_one_place(folder, tmp_path):
+    """kind random, budget params_ratio."""
+    report = go(
+        folder,
+        tmp_path,
+        prompt={"pixels": {"kind": "random", "size": 4}},
+        budget={"macs_ratio": None, "params_ratio": 0.4},
+    )
+    state = prompt_of(tmp_path, "pruned")
+    top, left = state["place"].tolist()
+    drawn = run_folder.read_arrays(tmp_path / "prompt.npz")["prompt"]
+    inside = np.zeros(drawn.shape, bool)
+    inside[:, top : top + 4, left : left + 4] = True
+    assert np.array_equal(drawn[inside], state["square"].numpy().ravel()) and not drawn[~inside].any()
+    assert np.abs(drawn[inside]).max() > 0
+    certificate = report.certificates["pruned"]
+    assert certificate.budget == "params_ratio" and certificate.reached <= 0.4
+    assert report.arms["pruned"].params / report.arms["dense"].params == pytest.approx(certificate.reached, abs=1e-9)
+
+
+def test_without_a_prompt_none_is_learned_or_shipped(folder, tmp_path):
+    """kind none: the HYDRA baseline."""
+    go(folder, tmp_path, prompt={"pixels": {"kind": "none"}}, input={"canvas_size": SIZE}, compare={"arms": None})
+    assert sorted(path.name for path in tmp_path.glob("export/*.onnx")) == ["dense.onnx", "pruned.onnx"]
+    assert not found(tmp_path).prompt and not prompt_of(tmp_path, "pruned")
+    assert not (tmp_path / "prompt.npz").exists()
+
+
+def test_a_prompt_of_the_search_alone_is_not_exported(folder, tmp_path):
+    """stages search."""
+    go(folder, tmp_path, prompt={"pixels": {"kind": "pad", "size": 2, "stages": "search"}}, export={"forms": ["float"]})
+    assert max(float(v.abs().max()) for v in found(tmp_path).prompt.values()) > 0
+    assert not prompt_of(tmp_path, "pruned") and not (tmp_path / "prompt.npz").exists()
+    model = onnx.load(tmp_path / "export" / "pruned.float.onnx")
+    shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
+    assert (3, CANVAS, CANVAS) not in shapes and "Clip" not in [node.op_type for node in model.graph.node]
+
+
+def test_arms_with_and_without_the_prompt(folder, tmp_path):
+    """stages tune; arms pruned-prompt and dense+prompt."""
+    arms = ["dense", "dense+prompt", "pruned", "pruned-prompt"]
+    report = go(
+        folder,
+        tmp_path,
+        prompt={"pixels": {"kind": "pad", "size": 2, "stages": "tune"}},
+        compare={"arms": arms},
+        export={"forms": ["float"]},
+    )
+    assert list(report.arms) == arms and list(report.certificates) == ["pruned", "pruned-prompt"]
+    assert not found(tmp_path).prompt and not found(tmp_path, "pruned-prompt").prompt
+    assert {arm for arm in arms if prompt_of(tmp_path, arm)} == {"dense+prompt", "pruned"}
+    for arm in arms:
+        model = onnx.load(tmp_path / "export" / f"{arm}.float.onnx")
+        shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
+        assert ((3, CANVAS, CANVAS) in shapes) == (arm in ("dense+prompt", "pruned"))
+    # Without a prompt in the search both arms search alike.
+    assert (tmp_path / "plan.json").read_bytes() == (tmp_path / "plan.pruned-prompt.json").read_bytes()
+
+
+# --- heads --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["flm", "ilm"])
+def test_a_label_map_is_baked_into_the_file(folder, tmp_path, head):
+    report = go(
+        folder,
+        tmp_path,
+        model={"weights": "tiny.pt", "head": head},
+        search={"epochs": 2},
+        export={"forms": ["float"]},
+    )
+    maps = {arm: run_folder.read_network(tmp_path / f"{arm}.safetensors")[2]["label_map"] for arm in report.arms}
+    for arm, label_map in maps.items():
+        assert len(set(label_map)) == len(label_map) == CLASSES and set(label_map) <= set(range(7))
+        state = run_folder.read_network(tmp_path / f"{arm}.safetensors")[0]
+        assert state["linear.weight"].shape[0] == 7  # the source classifier is kept
+        image = np.zeros((3, SIZE, SIZE), np.float32)
+        assert logits(tmp_path, arm, image, form="float").shape == (CLASSES,)
+    assert list(found(tmp_path).label_map or ()) == maps["pruned"]
+    assert [r.stage for r in records(tmp_path)].count("fit") == 0  # fit.what is none: weights and head stay
+
+
+def test_a_replaced_head_is_fitted_alone(folder, tmp_path):
+    report = go(folder, tmp_path, model={"weights": "tiny.pt", "head": "auto"}, export={"forms": ["float"]})
+    dense = run_folder.read_network(tmp_path / "source.safetensors")[0]
+    source = torch.load(folder / "tiny.pt", weights_only=True)
+    assert dense["linear.weight"].shape == (CLASSES, 16)
+    assert torch.equal(dense["conv1.weight"], source["conv1.weight"])
+    assert 'head = "replace"' in report.recipe and 'what = "head"' in report.recipe
+
+
+def test_a_torchvision_network_goes_the_whole_road(folder, tmp_path):
+    report = go(
+        folder,
+        tmp_path,
+        model={"name": "torchvision:mobilenet_v3_small", "args": {"width_mult": 0.5}},
+        input={"image_size": 32, "canvas_size": 40},
+        budget={"macs_ratio": 0.6, "round_to": 4},
+        fit={"epochs": 1, "batch_size": 9},
+        export={"forms": ["float"]},
+    )
+    certificate = report.certificates["pruned"]
+    assert 0.5 < certificate.reached <= 0.6
+    assert report.arms["pruned"].macs / report.arms["dense"].macs == pytest.approx(certificate.reached, abs=1e-9)
