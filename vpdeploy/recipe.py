@@ -9,8 +9,9 @@ import copy
 import difflib
 import hashlib
 import json
+import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -488,19 +489,24 @@ def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     """The same recipe with every path absolute, so that it means the same from anywhere."""
+    return _with_paths(recipe, lambda path: str((folder / Path(path).expanduser()).resolve()))
+
+
+def relative_to(recipe: Recipe, folder: Path) -> Recipe:
+    """The same recipe for a file in ``folder``: no path of it says where on a machine that is."""
+    return _with_paths(recipe, lambda path: Path(os.path.relpath(path, folder)).as_posix())
+
+
+def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     model, data = recipe.model, recipe.data
     file, colon, factory = model.name.rpartition(":")
     if colon and file.endswith(".py"):
-        model = model.model_copy(update={"name": f"{_from(folder, file)}:{factory}"})
+        model = model.model_copy(update={"name": f"{change(file)}:{factory}"})
     if model.weights and model.weights.endswith(CHECKPOINT_SUFFIXES):
-        model = model.model_copy(update={"weights": str(_from(folder, model.weights))})
+        model = model.model_copy(update={"weights": change(model.weights)})
     if data.root:
-        data = data.model_copy(update={"root": str(_from(folder, data.root))})
+        data = data.model_copy(update={"root": change(data.root)})
     return recipe.model_copy(update={"model": model, "data": data})
-
-
-def _from(folder: Path, path: str) -> Path:
-    return (folder / Path(path).expanduser()).resolve()
 
 
 # --- writing and comparing ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
+from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.stages import arm_file, measurement_file, read_recipe
 from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
 
@@ -35,7 +36,7 @@ def write_report(run: Path) -> Report:
     noted = json.loads(run_folder.read_bytes(run / "environment.json"))
     about = About(
         title=f"{recipe.model.name.rpartition('/')[2]} on {recipe.data.name}",
-        recipe=run_folder.read_bytes(run / "recipe.toml").decode(),
+        recipe=dump_recipe(relative_to(recipe, run)),
         command=noted["command"],
         environment={**noted["environment"], "engine": engine_versions()},
         skipped_images=_skipped(run),

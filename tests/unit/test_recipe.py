@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from vpdeploy.errors import RecipeError
-from vpdeploy.recipe import dump_recipe, flatten, load_recipe, parse_recipe, recipe_hash, with_values
+from vpdeploy.recipe import dump_recipe, flatten, load_recipe, parse_recipe, recipe_hash, relative_to, with_values
 
 HERE = Path("/somewhere")
 LEAST = {"model": {"name": "cifar_resnet8"}, "data": {"name": "digits"}, "budget": {"macs_ratio": 0.5}}
@@ -220,6 +220,18 @@ def test_relative_paths_start_at_the_recipes_folder(tmp_path, monkeypatch):
     assert recipe.model.name == f"{folder / 'nets/small.py'}:make"
     assert recipe.model.weights == str(tmp_path / "w.pth")
     assert recipe.data.root == str(folder / "photos.zip")
+
+
+def test_a_recipe_can_be_shown_without_the_machines_own_folders(tmp_path):
+    changes = {
+        "model": {"name": "nets/small.py:make", "weights": "../w.pth"},
+        "data": {"name": "imagefolder", "root": "photos.zip"},
+    }
+    recipe = load_recipe(written(tmp_path, changes))
+    run = tmp_path / "runs" / "first"
+    shown = dump_recipe(relative_to(recipe, run))
+    assert str(tmp_path) not in shown
+    assert parse_recipe(tomllib.loads(shown), where="shown", folder=run) == recipe
 
 
 @pytest.mark.parametrize(
