@@ -14,9 +14,9 @@ from vpdeploy.errors import RunFolderError
 from vpdeploy.measure.engine import engine_versions
 from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
+from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
-from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.stages import arm_file, measurement_file, read_recipe
 from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
 
