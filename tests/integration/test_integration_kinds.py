@@ -17,7 +17,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe import parse_recipe
 from vpdeploy.values import EpochRecord, Found, Report
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
@@ -36,7 +36,7 @@ class Tiny(nn.Module):
 
 def make(classes=7):
     return Tiny(classes)
-'''
+"""
 CLASSES = 3
 SIZE, CANVAS = 8, 12
 
@@ -45,7 +45,9 @@ SIZE, CANVAS = 8, 12
 def folder(tmp_path_factory) -> Path:
     """Images of three classes and of many sizes, the factory of a tiny network, and a checkpoint of it for 7 classes."""
     place = tmp_path_factory.mktemp("kinds")
-    write_images(place / "images.zip", classes=[f"class {k}" for k in range(CLASSES)], each=12, sizes=((9, 14), (12, 8)))
+    write_images(
+        place / "images.zip", classes=[f"class {k}" for k in range(CLASSES)], each=12, sizes=((9, 14), (12, 8))
+    )
     (place / "tiny.py").write_text(FACTORY)
     namespace: dict[str, Any] = {}
     exec(FACTORY, namespace)
@@ -121,7 +123,8 @@ def test_a_square_in_the_corner_on_the_central_crop(folder, tmp_path):
     assert not np.array_equal(logits(tmp_path, "pruned", wide), logits(tmp_path, "pruned", other))
     certificate = report.certificates["pruned"]
     assert (certificate.budget, certificate.requested, certificate.reached) == ("channel_ratio", 0.5, 0.5)
-    assert sum(g.kept for g in certificate.groups) == 16 and sum(g.width for g in certificate.groups) == 32
+    prunable = [group for group in certificate.groups if group.status == "exact"]
+    assert (sum(g.kept for g in prunable), sum(g.width for g in prunable)) == (16, 32)
 
 
 def test_a_square_that_moves_ships_at_its_one_place(folder, tmp_path):
@@ -219,10 +222,10 @@ def test_a_torchvision_network_goes_the_whole_road(folder, tmp_path):
     report = go(
         folder,
         tmp_path,
-        model={"name": "torchvision:mobilenet_v3_small", "args": {"width_mult": 0.5}},
+        model={"name": "torchvision:squeezenet1_1"},
         input={"image_size": 32, "canvas_size": 40},
         budget={"macs_ratio": 0.6, "round_to": 4},
-        fit={"epochs": 1, "batch_size": 9},
+        fit={"epochs": 1, "batch_size": 9, "weight_lr": 0.001},
         export={"forms": ["float"]},
     )
     certificate = report.certificates["pruned"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
-from integration.command_line import PLAIN, QUICKSTART, Done, finished_run, fresh, here, settings, smoke
+from integration.command_line import QUICKSTART, finished_run, fresh, here, settings, smoke
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -21,11 +20,41 @@ from vpdeploy.values import Report
 pytestmark = pytest.mark.xdist_group("smoke")
 
 # design.md section 6, for the arms and forms of the smoke run, and what the stages hand on beside it.
-DESIGNED = """recipe.toml environment.json history.jsonl source.safetensors found.safetensors plan.json dense.safetensors
-pruned.safetensors export/dense.onnx export/pruned.onnx export/dense.float.onnx export/pruned.float.onnx export/labels.txt
-export/vectors.npz export/manifest.json export/README.md export/verify.py report.json report.md report.html""".split()
-HANDED_ON = """.lock stages.json groups.json certificate.json skipped.txt parity.json parity.dense.json prompt.npz
-measured/dense.json measured/pruned.json predictions.npz""".split()
+DESIGNED = [
+    "recipe.toml",
+    "environment.json",
+    "history.jsonl",
+    "source.safetensors",
+    "found.safetensors",
+    "plan.json",
+    "dense.safetensors",
+    "pruned.safetensors",
+    "export/dense.onnx",
+    "export/pruned.onnx",
+    "export/dense.float.onnx",
+    "export/pruned.float.onnx",
+    "export/labels.txt",
+    "export/vectors.npz",
+    "export/manifest.json",
+    "export/README.md",
+    "export/verify.py",
+    "report.json",
+    "report.md",
+    "report.html",
+]
+HANDED_ON = [
+    ".lock",
+    "stages.json",
+    "groups.json",
+    "certificate.json",
+    "skipped.txt",
+    "parity.json",
+    "parity.dense.json",
+    "prompt.npz",
+    "measured/dense.json",
+    "measured/pruned.json",
+    "predictions.npz",
+]
 WITHOUT_TORCH = """
 import runpy, sys
 class Blocked:
@@ -206,8 +235,12 @@ def test_a_removed_result_is_made_again_and_nothing_before_it(copied, capsys):
     before = files_of(copied)
     done = here(capsys, "export", copied)
     assert done.status == 0
-    assert (copied / "export" / "pruned.onnx").read_bytes() == (finished_run()[0] / "export" / "pruned.onnx").read_bytes()
-    assert not {name for name in rewritten(before, files_of(copied)) if name.endswith((".safetensors", "history.jsonl"))}
+    assert (copied / "export" / "pruned.onnx").read_bytes() == (
+        finished_run()[0] / "export" / "pruned.onnx"
+    ).read_bytes()
+    assert not {
+        name for name in rewritten(before, files_of(copied)) if name.endswith((".safetensors", "history.jsonl"))
+    }
 
 
 def test_commands_one_by_one_give_what_run_gives(copied, capsys):
