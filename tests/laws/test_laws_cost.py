@@ -62,7 +62,36 @@ class Shared(nn.Module):
         return self.head(self.shared(self.pool(torch.relu(self.shared(x)))))
 
 
+class Attention(nn.Module):
+    """A transformer block: the attention's products are made outside any layer, its widths tied by the residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 8, 2, stride=2), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first, self.second, self.last = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.last((x + self.second(torch.relu(self.first(x)))).mean(1))
+
+
+class Functional(nn.Module):
+    """A product with a bare parameter, and one convolution whose weight is tied to another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.b.weight, self.matrix = self.a.weight, nn.Parameter(torch.zeros(SIDE, SIDE))
+        self.last, self.head = nn.Conv2d(4, 6, 1), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.last(torch.relu(self.b(torch.relu(self.a(self.stem(x)))) @ self.matrix))))
+
+
 OTHERS = {
+    "attention": Attention,
+    "functional and tied": Functional,
     "grouped, of which nothing can go": lambda: nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2, padding="same"), nn.ReLU(), nn.Conv2d(4, 6, 1), Head(6)
     ),

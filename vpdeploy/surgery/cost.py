@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpdeploy.surgery.groups import tensor_axes
 from vpdeploy.values import ChannelGroup
@@ -20,7 +21,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class CostModel:
-    """For each parameter tensor: entries = rest * prod over axes of (constant + share @ widths); MACs = entries * positions.
+    """For each parameter tensor: entries = rest * prod over axes of (constant + share @ widths); MACs = entries * positions,
+    and ``other_macs`` on top: products that no convolution or linear layer makes, such as attention's.
 
     ``share`` [2, t, g] and ``constant`` [2, t] describe two axes of each of the t tensors as a linear function of the g
     group widths; ``rest`` [t] is the product of all other axes, ``positions`` [t] how often each weight is used in one
@@ -32,12 +34,13 @@ class CostModel:
     rest: Array
     positions: Array
     dense_widths: Array
+    other_macs: float = 0.0
 
     def params(self, widths: Array) -> float:
         return float(self._entries(widths).sum())
 
     def macs(self, widths: Array) -> float:
-        return float(self._entries(widths) @ self.positions)
+        return float(self._entries(widths) @ self.positions) + self.other_macs
 
     def channels(self, widths: Array) -> float:
         return float(widths.sum())
@@ -50,11 +53,13 @@ class CostModel:
 def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, example: Tensor) -> CostModel:
     """The cost of ``backbone`` as a function of the widths of ``groups``. example: [1, 3, C, C].
 
-    MACs are the products of convolutions and linear layers, as ``measure.macs`` counts them.
+    MACs are the products of convolutions, linear layers and attention, as ``measure.macs`` counts them. Those made outside
+    the modules (attention, functional calls on bare parameters) cannot be told from widths and stay as they are when dense:
+    where they would shrink, the cut network costs less than is said here, never more.
     """
     twin = copy.deepcopy(backbone).cpu().float().eval()
     parameters = dict(twin.named_parameters())
-    positions = _positions(twin, example)
+    positions, products = _products(twin, example)
     number = {name: i for i, name in enumerate(parameters)}
     share = np.zeros((len(parameters), 8, len(groups)))  # tensor, axis, group; no tensor has more than 8 axes
     length = np.ones((len(parameters), 8))
@@ -66,9 +71,9 @@ def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, exa
                 if name in number:
                     divisor = _conv_groups(twin, name) if member.side == "in" else 1
                     share[number[name], axis, column] += len(member.indices) / divisor / group.width
-    return _compress(
-        share, length, positions=np.array([positions.get(name, 0) for name in parameters], float), groups=groups
-    )
+    used = np.array([positions.get(name, 0) for name in parameters], float)
+    cost = _compress(share, length, positions=used, groups=groups)
+    return replace(cost, other_macs=max(0.0, products - cost.macs(cost.dense_widths)))
 
 
 def _compress(share: Array, length: Array, *, positions: Array, groups: Sequence[ChannelGroup]) -> CostModel:
@@ -89,8 +94,8 @@ def _conv_groups(network: nn.Module, tensor_name: str) -> int:
     return module.groups if isinstance(module, _ConvNd) else 1
 
 
-def _positions(network: nn.Module, example: Tensor) -> dict[str, int]:
-    """Weight name -> how many products each of its entries takes part in for one image, by hooks on one forward."""
+def _products(network: nn.Module, example: Tensor) -> tuple[dict[str, int], float]:
+    """One forward: weight name -> how many products each entry takes part in for one image, and all products of one image."""
     found: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -105,8 +110,9 @@ def _positions(network: nn.Module, example: Tensor) -> dict[str, int]:
 
     readers = [(n, m) for n, m in network.named_modules() if isinstance(m, _ConvNd | nn.Linear)]
     handles = [module.register_forward_hook(count(name)) for name, module in readers]
-    with torch.no_grad():
+    network.requires_grad_(True)  # or nn.MultiheadAttention takes a fused path, whose products are not seen
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         network(example)
     for handle in handles:
         handle.remove()
-    return found
+    return found, counter.get_total_flops() / 2 / len(example)  # torch counts a product and a sum as two

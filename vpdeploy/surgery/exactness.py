@@ -128,7 +128,7 @@ def _last_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
 
 # A random half of a few channels may be its own mirror image, or take as much from each part of a grouped convolution,
 # and such a group would pass (8 channels and a flip did). No flip or roll leaves the last part as it is, and no grouping
-# can share it out evenly: it fails there whatever the weights, even where all that stays is dead behind a ReLU.
+# can share it out evenly: it fails there whatever the weights, even where the channel that would differ is dead behind a ReLU.
 HALVES: tuple[Half, ...] = (_random_half, _last_part)
 
 

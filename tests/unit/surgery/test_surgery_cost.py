@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.values import ChannelGroup, Member
 
 AREA = SIDE**2
 
@@ -82,6 +83,28 @@ def test_what_is_not_in_a_group_is_a_constant():
     none = build_cost_model(network, (), example=example)
     assert none.macs(np.zeros(0)) == 3 * 4 * AREA + 4 * 5 * AREA + 5 * CLASSES
     assert none.params(np.zeros(0)) == 16 + 25 + 6 * CLASSES
+
+
+class SelfProduct(nn.Module):
+    """Channels multiplied with one another: a product that shrinks with the width, outside every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 6, 1), nn.Linear(AREA, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).flatten(2)
+        return self.linear((x.transpose(1, 2) @ x).mean(1))
+
+
+def test_products_outside_the_layers_are_counted_as_when_dense():
+    network = SelfProduct()
+    group = ChannelGroup("conv", 6, (Member("conv", "out", tuple(range(6)), tuple(range(6))),))
+    for batch in (1, 3):
+        cost = build_cost_model(network, (group,), example=example_input(SIDE, batch=batch))
+        assert cost.other_macs == AREA * 6 * AREA
+        assert cost.macs(np.array([2.0])) == 3 * 2 * AREA + AREA * 6 * AREA + AREA * CLASSES
+    assert cost_of(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), Head(4))).other_macs == 0
 
 
 def test_the_network_is_left_as_it_was():

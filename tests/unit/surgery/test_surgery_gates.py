@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from strategies import SIDE, Head, conv_norm, image, randomised
+from tolerances import CLOSED_FORM_FLOAT64, SAME_IN_FLOAT64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.values import ChannelGroup
+from vpdeploy.values import ChannelGroup, Member
 
 
 class Count(TorchDispatchMode):
@@ -81,6 +82,23 @@ def test_every_reader_of_a_group_is_gated_and_nothing_else():
     gated(image(0), values)
     dead = {name: [c for c in range(x.shape[1]) if not bool(x[:, c].any())] for name, x in seen.items()}
     assert dead == {"0": [], "1": [], "2": [], "3": [1], "4": [], "5": [], "6": [2], "7.linear": []}
+
+
+def test_on_tokens_the_gate_stands_at_the_last_axis():
+    """[n, t, c] into a linear layer, as many tokens as channels: the axes must not be confused."""
+    network = randomised(nn.Sequential(nn.Linear(SIDE, SIDE), nn.Linear(SIDE, 4)), seed=0)
+    group = ChannelGroup("0", SIDE, (Member("1", "in", tuple(range(SIDE)), tuple(range(SIDE))),))
+    x = image(0)[:, 0]
+    values = (torch.arange(SIDE) % 3 > 0).double().requires_grad_(True)
+    out = Gated(network, (group,))(x, values)
+    with torch.no_grad():
+        read = torch.nn.functional.linear(x, network[0].weight, network[0].bias)  # [n, t, c]
+        weight = network[1].weight
+        assert torch.allclose(out, (read * values) @ weight.T + network[1].bias, rtol=SAME_IN_FLOAT64)
+    out.sum().backward()
+    assert values.grad is not None
+    expected = (read * weight.sum(0)).sum((0, 1)).detach()
+    assert float((values.grad - expected).abs().max() / expected.abs().max()) <= CLOSED_FORM_FLOAT64
 
 
 def test_inputs_that_belong_to_no_group_pass():
