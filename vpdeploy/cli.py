@@ -70,7 +70,9 @@ def _user_errors() -> Iterator[None]:
         sys.exit(1)
     except SystemExit as e:
         if e.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
-            err.print("interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True)
+            err.print(
+                "interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True
+            )
         raise
 
 
