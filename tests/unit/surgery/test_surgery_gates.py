@@ -20,10 +20,12 @@ class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.convolutions: list[list[bool]] = []
+        self.products = 0  # of whole tensors
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.convolution_backward.default:
             self.convolutions.append(list(args[-1]))
+        self.products += func is torch.ops.aten.mul.Tensor
         return func(*args, **(kwargs or {}))
 
 
@@ -41,12 +43,14 @@ def test_frozen_weights_get_no_gradient_and_none_is_computed():
     network, groups = chain()
     gated = Gated(network.requires_grad_(False), groups)
     values = row(groups).requires_grad_(True)
+    out = gated(image(0), values).sum()
     with Count() as count:
-        gated(image(0), values).sum().backward()
+        out.backward()
     assert values.grad is not None and bool((values.grad != 0).any())
     assert all(parameter.grad is None for parameter in network.parameters())
     # Backwards from the head: the last two convolutions pass the gradient on; the first stands before every gate.
     assert count.convolutions == [[True, False, False]] * 2
+    assert count.products == 3 + 2  # three gates want the row's gradient, the first of them no gradient of its input
 
 
 def test_a_prompt_before_the_network_gets_its_gradient_and_weights_still_none():
