@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
+from filelock import FileLock
 
 from vpdeploy import cli
 
@@ -81,11 +80,19 @@ def fresh(*arguments: object, code: str | None = None) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@cache  # once in each worker of pytest-xdist: its users share one xdist_group
-def finished_run() -> tuple[Path, Done]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The folder of a finished smoke run, made by the real command, and what that said. Copy it before changing it."""
-    run = Path(mkdtemp(prefix="vpdeploy-smoke-")) / "run"
-    return run, fresh(*smoke(run))
+    # One for all workers of pytest-xdist. Its xdist_group is no help: pytest 9.2 hides it (pytest-xdist issue 1386).
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    run, said = folder / "run", folder / "said.json"
+    with FileLock(folder / "lock"):
+        if not said.exists():
+            said.write_text(json.dumps(asdict(fresh(*smoke(run)))))
+    done = Done(**json.loads(said.read_text()))
+    assert done.status == 0, done.err
+    return run, done
 
 
 class Forks:

@@ -13,7 +13,7 @@ from integration.command_line import Forks, finished_run, forks, smoke
 
 from vpdeploy import run_folder
 
-pytestmark = pytest.mark.xdist_group("smoke")
+pytestmark = pytest.mark.xdist_group("interrupted")  # one server of forks for all
 
 # stage -> the file at whose writing it is stopped, and which writing of it: the second epoch's state leaves the first
 # one's to go on from.
@@ -54,10 +54,8 @@ def command(tmp_path_factory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> Path:
-    folder, done = finished_run()
-    assert done.status == 0, done.err
-    return folder
+def undisturbed(tmp_path_factory) -> Path:
+    return finished_run(tmp_path_factory)[0]
 
 
 def unfinished(run: Path) -> list[str]:

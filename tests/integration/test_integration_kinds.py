@@ -79,10 +79,9 @@ def go(folder: Path, run: Path, **changes: dict[str, Any]) -> Report:
     return pipeline.run(recipe, run, command="a test", display=Display(quiet=True))
 
 
-def logits(run: Path, arm: str, image: np.ndarray, *, form: str = "uint8") -> np.ndarray:
-    """What the exported file gives for one image [h, w, 3]: [k]."""
-    name = f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx"
-    session = onnxruntime.InferenceSession(str(run / "export" / name), providers=["CPUExecutionProvider"])
+def logits(run: Path, arm: str, image: np.ndarray) -> np.ndarray:
+    """What the exported file gives for one image, uint8 [h, w, 3]: [k]."""
+    session = onnxruntime.InferenceSession(run / "export" / f"{arm}.onnx", providers=["CPUExecutionProvider"])
     return session.run(["logits"], {"image": image[None]})[0][0]
 
 
@@ -128,12 +127,14 @@ def test_a_square_in_the_corner_on_the_central_crop(folder, tmp_path):
 
 
 def test_a_square_that_moves_ships_at_its_one_place(folder, tmp_path):
-    """kind random, budget params_ratio."""
+    """kind random, budget params_ratio, head ilm."""
     report = go(
         folder,
         tmp_path,
         prompt={"pixels": {"kind": "random", "size": 4}},
         budget={"macs_ratio": None, "params_ratio": 0.4},
+        model={"weights": "tiny.pt", "head": "ilm"},
+        search={"epochs": 2},
     )
     state = prompt_of(tmp_path, "pruned")
     top, left = state["place"].tolist()
@@ -144,25 +145,44 @@ def test_a_square_that_moves_ships_at_its_one_place(folder, tmp_path):
     assert np.abs(drawn[inside]).max() > 0
     certificate = report.certificates["pruned"]
     assert certificate.budget == "params_ratio" and certificate.reached <= 0.4
-    assert report.arms["pruned"].params / report.arms["dense"].params == pytest.approx(certificate.reached, abs=1e-9)
+    check_label_maps(tmp_path, list(report.arms))
 
 
 def test_without_a_prompt_none_is_learned_or_shipped(folder, tmp_path):
-    """kind none: the HYDRA baseline."""
-    go(folder, tmp_path, prompt={"pixels": {"kind": "none"}}, input={"canvas_size": SIZE}, compare={"arms": None})
+    """kind none, the HYDRA baseline; weights of other classes, so that the head is replaced and fitted alone."""
+    report = go(
+        folder,
+        tmp_path,
+        prompt={"pixels": {"kind": "none"}},
+        input={"canvas_size": SIZE},
+        compare={"arms": None},
+        model={"weights": "tiny.pt", "head": "auto"},
+    )
     assert sorted(path.name for path in tmp_path.glob("export/*.onnx")) == ["dense.onnx", "pruned.onnx"]
     assert not found(tmp_path).prompt and not prompt_of(tmp_path, "pruned")
     assert not (tmp_path / "prompt.npz").exists()
+    dense = run_folder.read_network(tmp_path / "source.safetensors")[0]
+    source = torch.load(folder / "tiny.pt", weights_only=True)
+    assert dense["linear.weight"].shape == (CLASSES, 16)
+    assert torch.equal(dense["conv1.weight"], source["conv1.weight"])
+    assert 'head = "replace"' in report.recipe and 'what = "head"' in report.recipe
 
 
 def test_a_prompt_of_the_search_alone_is_not_exported(folder, tmp_path):
-    """stages search."""
-    go(folder, tmp_path, prompt={"pixels": {"kind": "pad", "size": 2, "stages": "search"}}, export={"forms": ["float"]})
+    """stages search, head flm."""
+    report = go(
+        folder,
+        tmp_path,
+        prompt={"pixels": {"kind": "pad", "size": 2, "stages": "search"}},
+        model={"weights": "tiny.pt", "head": "flm"},
+        export={"forms": ["float"]},
+    )
     assert max(float(v.abs().max()) for v in found(tmp_path).prompt.values()) > 0
     assert not prompt_of(tmp_path, "pruned") and not (tmp_path / "prompt.npz").exists()
     model = onnx.load(tmp_path / "export" / "pruned.float.onnx")
     shapes = [tuple(tensor.dims) for tensor in model.graph.initializer]
     assert (3, CANVAS, CANVAS) not in shapes and "Clip" not in [node.op_type for node in model.graph.node]
+    check_label_maps(tmp_path, list(report.arms))
 
 
 def test_arms_with_and_without_the_prompt(folder, tmp_path):
@@ -189,33 +209,21 @@ def test_arms_with_and_without_the_prompt(folder, tmp_path):
 # --- heads --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["flm", "ilm"])
-def test_a_label_map_is_baked_into_the_file(folder, tmp_path, head):
-    report = go(
-        folder,
-        tmp_path,
-        model={"weights": "tiny.pt", "head": head},
-        search={"epochs": 2},
-        export={"forms": ["float"]},
-    )
-    maps = {arm: run_folder.read_network(tmp_path / f"{arm}.safetensors")[2]["label_map"] for arm in report.arms}
-    for arm, label_map in maps.items():
-        assert len(set(label_map)) == len(label_map) == CLASSES and set(label_map) <= set(range(7))
-        state = run_folder.read_network(tmp_path / f"{arm}.safetensors")[0]
-        assert state["linear.weight"].shape[0] == 7  # the source classifier is kept
-        image = np.zeros((3, SIZE, SIZE), np.float32)
-        assert logits(tmp_path, arm, image, form="float").shape == (CLASSES,)
-    assert list(found(tmp_path).label_map or ()) == maps["pruned"]
-    assert [r.stage for r in records(tmp_path)].count("fit") == 0  # fit.what is none: weights and head stay
-
-
-def test_a_replaced_head_is_fitted_alone(folder, tmp_path):
-    report = go(folder, tmp_path, model={"weights": "tiny.pt", "head": "auto"}, export={"forms": ["float"]})
-    dense = run_folder.read_network(tmp_path / "source.safetensors")[0]
-    source = torch.load(folder / "tiny.pt", weights_only=True)
-    assert dense["linear.weight"].shape == (CLASSES, 16)
-    assert torch.equal(dense["conv1.weight"], source["conv1.weight"])
-    assert 'head = "replace"' in report.recipe and 'what = "head"' in report.recipe
+def check_label_maps(run: Path, arms: list[str]) -> dict[str, list[int]]:
+    """Of every arm: one source class of the kept classifier for each class, and as many outputs as classes."""
+    maps: dict[str, list[int]] = {}
+    for arm in arms:
+        state, _, about = run_folder.read_network(run / f"{arm}.safetensors")
+        maps[arm] = about["label_map"]
+        assert len(set(maps[arm])) == len(maps[arm]) == CLASSES and set(maps[arm]) <= set(range(7))
+        assert state["linear.weight"].shape[0] == 7
+        session = onnxruntime.InferenceSession(
+            next(run.glob(f"export/{arm}.*onnx")), providers=["CPUExecutionProvider"]
+        )
+        assert session.get_outputs()[0].shape[1] == CLASSES
+    assert list(found(run).label_map or ()) == maps["pruned"]
+    assert not [r for r in records(run) if r.stage == "fit"]  # weights and head are given: nothing to fit
+    return maps
 
 
 def test_a_torchvision_network_goes_the_whole_road(folder, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from integration.command_line import QUICKSTART, finished_run, fresh, here, settings, smoke
+from integration.command_line import QUICKSTART, Done, finished_run, fresh, here, settings, smoke
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -16,8 +16,6 @@ from vpdeploy import run_folder
 from vpdeploy.recipe import load_recipe
 from vpdeploy.stages import read_recipe
 from vpdeploy.values import Report
-
-pytestmark = pytest.mark.xdist_group("smoke")
 
 # design.md section 6, for the arms and forms of the smoke run, and what the stages hand on beside it.
 DESIGNED = [
@@ -69,11 +67,15 @@ runpy.run_module(program, run_name="__main__") if program == "vpdeploy" else run
 
 
 @pytest.fixture
-def run() -> Path:
+def run(tmp_path_factory) -> Path:
     """The finished run; not to be changed."""
-    folder, done = finished_run()
-    assert done.status == 0, done.err
-    return folder
+    return finished_run(tmp_path_factory)[0]
+
+
+@pytest.fixture
+def said(tmp_path_factory) -> Done:
+    """What its command said."""
+    return finished_run(tmp_path_factory)[1]
 
 
 @pytest.fixture
@@ -97,18 +99,17 @@ def test_the_run_folder_holds_what_the_design_says_and_nothing_else(run):
     assert set(files_of(run)) == {*DESIGNED, *HANDED_ON}
 
 
-def test_the_command_prints_the_comparison_and_the_places(run):
-    said = finished_run()[1]
+def test_the_command_prints_the_comparison_and_the_places(run, said):
     assert [word for word in ("dense", "pruned", "top-1", "faster") if word not in said.out] == []
     assert f"report: {run / 'report.html'}" in said.out and f"file:   {run / 'export'}" in said.out
 
 
-def test_without_a_terminal_every_epoch_is_one_plain_line(run):
-    lines = finished_run()[1].err.splitlines()
+def test_without_a_terminal_every_epoch_is_one_plain_line(said):
+    lines = said.err.splitlines()
     for stage in ("fit", "tune:dense", "search:pruned", "tune:pruned"):
         for epoch in (1, 2):
             assert len([line for line in lines if line.startswith(f"{stage}  epoch {epoch}/2  loss ")]) == 1
-    assert "\x1b" not in finished_run()[1].err
+    assert "\x1b" not in said.err
 
 
 def test_report_json_is_a_report_of_this_run(run):
@@ -230,17 +231,15 @@ def test_another_recipes_run_is_refused(copied, tmp_path, capsys):
     assert rewritten(before, files_of(copied)) == set()
 
 
-def test_a_removed_result_is_made_again_and_nothing_before_it(copied, capsys):
-    (copied / "export" / "pruned.onnx").unlink()
+def test_a_removed_result_is_made_again_and_nothing_before_it(run, copied, capsys):
+    (copied / "measured" / "pruned.json").unlink()
     before = files_of(copied)
-    done = here(capsys, "export", copied)
-    assert done.status == 0
-    assert (copied / "export" / "pruned.onnx").read_bytes() == (
-        finished_run()[0] / "export" / "pruned.onnx"
-    ).read_bytes()
-    assert not {
-        name for name in rewritten(before, files_of(copied)) if name.endswith((".safetensors", "history.jsonl"))
-    }
+    done = here(capsys, "bench", copied)
+    assert (done.status, done.err.splitlines()) == (0, ["bench ..."])
+    assert (copied / "predictions.npz").read_bytes() == (run / "predictions.npz").read_bytes()
+    changed = rewritten(before, files_of(copied))
+    assert "measured/pruned.json" in changed
+    assert not {name for name in changed if name.endswith((".safetensors", "history.jsonl")) or "export" in name}
 
 
 def test_commands_one_by_one_give_what_run_gives(copied, capsys):

@@ -17,15 +17,12 @@ from torch import nn
 from vpdeploy import cli
 
 COMMANDS = ("run", "prune", "export", "bench", "report", "inspect", "predict", "verify", "check")
-on_a_finished_run = pytest.mark.xdist_group("smoke")
 
 
 @pytest.fixture
-def run() -> Path:
+def run(tmp_path_factory) -> Path:
     """A finished run; not to be changed."""
-    folder, done = finished_run()
-    assert done.status == 0, done.err
-    return folder
+    return finished_run(tmp_path_factory)[0]
 
 
 # --- help and usage -----------------------------------------------------------------------------------------------------
@@ -93,7 +90,6 @@ print(json.dumps(found))
 """
 
 
-@on_a_finished_run
 def test_what_needs_no_torch_never_imports_it(run, tmp_path):
     copied = shutil.copytree(run, tmp_path / "run")
     image = tmp_path / "image.png"
@@ -139,7 +135,6 @@ def test_check_tells_every_problem_at_once(capsys):
     ]
 
 
-@on_a_finished_run
 def test_verify_takes_the_run_and_its_export_folder(run, capsys):
     for folder in (run, run / "export"):
         done = here(capsys, "verify", folder)
@@ -147,7 +142,6 @@ def test_verify_takes_the_run_and_its_export_folder(run, capsys):
         assert "8 files: checksums agree" in done.out and "pruned.onnx: " in done.out
 
 
-@on_a_finished_run
 def test_predict_shows_a_line_an_image_in_their_order(run, tmp_path, capsys):
     images = [tmp_path / "[grey].png", tmp_path / "colour.jpg"]
     Image.new("L", (30, 20), 200).save(images[0])
@@ -159,7 +153,6 @@ def test_predict_shows_a_line_an_image_in_their_order(run, tmp_path, capsys):
     assert [line.count("%") for line in lines] == [2, 2]
 
 
-@on_a_finished_run
 def test_what_predict_and_verify_cannot_use(run, tmp_path, capsys):
     (tmp_path / "page.png").write_text("no image")
     (tmp_path / "cut.onnx").write_bytes((run / "export" / "pruned.onnx").read_bytes()[:1000])
