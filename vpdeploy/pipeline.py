@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpdeploy import run_folder
+from vpdeploy.errors import SurgeryError
+from vpdeploy.measure.macs import count_macs
 from vpdeploy.progress import Display
 from vpdeploy.recipe import Recipe
 from vpdeploy.reporting import write_report
@@ -44,46 +46,58 @@ CERTIFICATE_IMAGES = 32
 
 def run(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, display: Display) -> Report:
     """The whole road. Interrupted anywhere, the same call goes on where it stopped."""
-    prune(recipe, folder, redo=redo, command=command, display=display)
-    export(folder, display=display)
-    bench(folder, display=display)
-    return report(folder)
+    with run_folder.locked(folder):
+        _prune(recipe, folder, redo=redo, command=command, display=display)
+        export_arms(_reopened(folder, display))
+        measure_arms(_reopened(folder, display))
+        return write_report(folder)
 
 
 def prune(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, display: Display) -> None:
     """From a recipe to the tuned network of every arm."""
     with run_folder.locked(folder):
-        work = open_workbench(recipe, folder, redo=redo, display=display)
-        note_environment(folder, command)
-        groups = grouped(work)
-        selector = selector_for(work, groups)  # an unreachable budget ends here, before any training
-        dense = fitted(work)
-        for arm in work.recipe.arms:
-            if arm.startswith("pruned"):
-                found = searched(work, arm, dense, groups, selector)
-                cut_plan = planned(work, arm, dense, groups, selector, found)
-                pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)
-                tuned(work, arm, pruned, prompt=found.prompt)
-            else:
-                tuned(work, arm, dense, prompt={})
+        _prune(recipe, folder, redo=redo, command=command, display=display)
 
 
 def export(folder: Path, *, display: Display) -> None:
     """Bake and write every arm's ONNX files, check parity, and package them with vectors for ``verify``."""
+    read_recipe(folder)  # a folder that is no run gets no lock file
     with run_folder.locked(folder):
-        export_arms(open_workbench(read_recipe(folder), folder, redo=None, display=display))
+        export_arms(_reopened(folder, display))
 
 
 def bench(folder: Path, *, display: Display) -> None:
     """Measure the exported files. The only stage that opens the test split."""
+    read_recipe(folder)
     with run_folder.locked(folder):
-        measure_arms(open_workbench(read_recipe(folder), folder, redo=None, display=display))
+        measure_arms(_reopened(folder, display))
 
 
 def report(folder: Path) -> Report:
     """Compare what was measured: report.json, report.md, report.html."""
+    read_recipe(folder)
     with run_folder.locked(folder):
         return write_report(folder)
+
+
+def _reopened(folder: Path, display: Display) -> Workbench:
+    return open_workbench(read_recipe(folder), folder, redo=None, display=display)
+
+
+def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display) -> None:
+    work = open_workbench(recipe, folder, redo=redo, display=display)
+    note_environment(folder, command)
+    groups = grouped(work)
+    selector = selector_for(work, groups)  # an unreachable budget ends here, before any training
+    dense = fitted(work)
+    for arm in work.recipe.arms:
+        if arm.startswith("pruned"):
+            found = searched(work, arm, dense, groups, selector)
+            cut_plan = planned(work, arm, dense, groups, selector, found)
+            pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)
+            tuned(work, arm, pruned, prompt=found.prompt)
+        else:
+            tuned(work, arm, dense, prompt={})
 
 
 # --- the stages of prune ------------------------------------------------------------------------------------------------
@@ -162,11 +176,32 @@ def planned(
             source = with_statistics(dense, found)
             example = example_input(work.recipe.input.canvas)
             cut_plan = plan(source, groups.prunable, selection.mask, example=example)
+            smaller = cut(source, cut_plan)
+            _check_budget(smaller, source, recipe=work.recipe)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=CERTIFICATE_IMAGES)
-            certificate = certify(source, cut(source, cut_plan), groups, selection, canvas=images)
+            certificate = certify(source, smaller, groups, selection, canvas=images)
             run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
             run_folder.write_value(path, cut_plan)
     return run_folder.read_value(path, PrunePlan)
+
+
+def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> None:
+    """Count what the selection only computed: the budget must hold of the network that was cut.
+
+    Raises: SurgeryError when it does not.
+    """
+    kind, canvas_size = recipe.budget.kind, recipe.input.canvas
+    if kind == "macs_ratio":
+        left, whole = (count_macs(network, canvas_size=canvas_size).macs for network in (smaller, dense))
+    elif kind == "params_ratio":
+        left, whole = (sum(p.numel() for p in network.parameters()) for network in (smaller, dense))
+    else:
+        return  # channels are what the mask itself says
+    if left > whole * recipe.budget.ratio * (1 + 1e-9):
+        raise SurgeryError(
+            f"budget.{kind}: the cut network keeps {left / whole:.4f}, expected at most {recipe.budget.ratio:g}: it holds "
+            "products or parameters that the cost model does not know; set a smaller ratio, and please report the network"
+        )
 
 
 def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
-from vpdeploy.stages import arm_file, measurement_file, read_recipe
+from vpdeploy.stages import Ledger, arm_file, measurement_file, read_recipe, skipped_file
 from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
 
 
@@ -27,13 +28,15 @@ def write_report(run: Path) -> Report:
     Raises: RunFolderError when the run has not been measured yet.
     """
     recipe = read_recipe(run)
-    missing = [arm for arm in recipe.arms if not measurement_file(run, arm).exists()]
-    if missing:
-        raise RunFolderError(f"{run}: {', '.join(missing)} not measured yet; run `vpdeploy bench {run}` first")
+    if not Ledger(run / "stages.json", {}).is_measured(recipe):
+        raise RunFolderError(
+            f"{run}: the arms that stand there now are not measured yet; run `vpdeploy export {run}` and "
+            f"`vpdeploy bench {run}` first"
+        )
     arms = {arm: run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms}
     others = [arm for arm in arms if arm != "dense"]
     pruned = [arm for arm in arms if arm.startswith("pruned")]
-    noted = json.loads(run_folder.read_bytes(run / "environment.json"))
+    noted = _noted(run / "environment.json")
     about = About(
         title=f"{recipe.model.name.rpartition('/')[2]} on {recipe.data.name}",
         recipe=dump_recipe(relative_to(recipe, run)),
@@ -57,9 +60,18 @@ def write_report(run: Path) -> Report:
     return made
 
 
+def _noted(path: Path) -> dict[str, Any]:
+    """The command and the environment that `prune` noted."""
+    try:
+        noted = json.loads(run_folder.read_bytes(path))
+        return {"command": str(noted["command"]), "environment": dict(noted["environment"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunFolderError(f"{path}: damaged: {e!r}; run the same `vpdeploy run` again, which writes it anew") from e
+
+
 def _skipped(run: Path) -> tuple[str, ...]:
-    path = run / "skipped.txt"
-    return tuple(run_folder.read_bytes(path).decode().splitlines()) if path.exists() else ()
+    paths = [skipped_file(run, splits) for splits in ("training", "test")]
+    return tuple(line for path in paths if path.exists() for line in run_folder.read_bytes(path).decode().splitlines())
 
 
 def _certificate(run: Path, arm: str) -> Certificate:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -55,6 +55,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:  # Ctrl-C, too
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _explained(path: Path, error: OSError) -> RunFolderError:
@@ -230,8 +234,7 @@ def read_history(path: Path) -> tuple[EpochRecord, ...]:
 def drop_history(path: Path, stage: str) -> None:
     """Forget a stage's epochs before it is trained anew."""
     kept = [record for record in read_history(path) if record.stage != stage]
-    lines = [json.dumps({"schema": SCHEMA, **asdict(record)}) for record in kept]
-    write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+    write_lines(path, (json.dumps({"schema": SCHEMA, **asdict(record)}) for record in kept))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vpdeploy import run_folder
-from vpdeploy.data.raw import raw_batches
+from vpdeploy.data.raw import raw_batches, some_images
 from vpdeploy.data.resize import resize
 from vpdeploy.deploy.bake import Deployable, bake
 from vpdeploy.deploy.onnx_file import to_onnx
@@ -18,13 +18,13 @@ from vpdeploy.deploy.package import write_package
 from vpdeploy.deploy.parity import check_parity
 from vpdeploy.deploy.session import describe
 from vpdeploy.deploy.vectors import Vectors
-from vpdeploy.errors import ParityError
+from vpdeploy.errors import DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memories
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe import Recipe
-from vpdeploy.stages import Stage, arm_file, measurement_file, onnx_file
+from vpdeploy.stages import Stage, arm_file, measurement_file, onnx_file, skipped_file
 from vpdeploy.values import Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
@@ -43,6 +43,7 @@ def baked(work: Workbench, arm: str, form: str) -> Deployable:
 def export_arms(work: Workbench) -> None:
     """Every arm in every form: bake, export, parity; then the package around them."""
     package = Stage("export")
+    work.require([Stage("tune", arm) for arm in work.recipe.arms], command=f"vpdeploy prune RECIPE -o {work.run}")
     if work.is_done(package):
         return
     vectors: dict[str, Vectors] = {}
@@ -61,8 +62,8 @@ def export_arms(work: Workbench) -> None:
 
 def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
     """Write one arm's files and their parity; file name -> test vectors."""
-    recipe, val = work.recipe, work.source.val
-    images = [val.read(i) for i in _spread(len(val), PARITY_IMAGES)]
+    recipe = work.recipe
+    images = some_images(work.source.val, PARITY_IMAGES, max_bad=recipe.data.on_bad_image)
     share = VECTOR_BYTES // (len(recipe.arms) * len(recipe.export.forms))
     vectors: dict[str, Vectors] = {}
     parities: list[Parity] = []
@@ -80,20 +81,17 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
 def _keep_pictures(work: Workbench) -> None:
     """For the report: the pruned arm's prompt, [3, C, C], and the first validation image under it, uint8 [C, C, 3]."""
     deployable = baked(work, "pruned", "float")
-    canvas, image = deployable.canvas, torch.from_numpy(work.source.val.read(0))[None]
+    canvas = deployable.canvas
     if canvas.prompt is None:
         (work.run / "prompt.npz").unlink(missing_ok=True)
         return
+    (pixels,) = some_images(work.source.val, 1, max_bad=work.recipe.data.on_bad_image)
+    image = torch.from_numpy(pixels)[None]
     with torch.inference_mode():
         placed = canvas.place(resize(image, work.recipe.input.image_size, how=work.recipe.input.resize))[0]
-        pixels = (placed * 255).round().to(torch.uint8).permute(1, 2, 0)
-        arrays = {"prompt": canvas.prompt().numpy(), "canvas": pixels.numpy()}
+        shown = (placed * 255).round().to(torch.uint8).permute(1, 2, 0)
+        arrays = {"prompt": canvas.prompt().numpy(), "canvas": shown.numpy()}
     run_folder.write_arrays(work.run / "prompt.npz", arrays)
-
-
-def _spread(n: int, count: int) -> list[int]:
-    """At most ``count`` positions, evenly over 0 .. n-1."""
-    return [int(i) for i in np.unique(np.linspace(0, n - 1, min(n, count)).round())]
 
 
 # --- bench --------------------------------------------------------------------------------------------------------------
@@ -102,6 +100,7 @@ def _spread(n: int, count: int) -> list[int]:
 def measure_arms(work: Workbench) -> None:
     """Accuracy on the test split, MACs, parameters, bytes, latency and memory of every exported file."""
     stage, recipe = Stage("bench"), work.recipe
+    work.require([Stage("export")], command=f"vpdeploy export {work.run}")
     if work.is_done(stage):
         return
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
@@ -144,10 +143,15 @@ def _predictions(work: Workbench, files: dict[str, dict[str, Path]]) -> tuple[np
     for arm, forms in files.items():
         predictors[arm] = _from_bytes(predictor(forms[form], form, threads=threads), form, recipe)
         predictors[f"torch {arm}"] = _from_bytes(_by_torch(baked(work, arm, form)), form, recipe)
-    batches = raw_batches(source, max_bad=recipe.data.on_bad_image, batch_size=TEST_BATCH)
+    bad: list[str] = []
+    batches = raw_batches(source, max_bad=recipe.data.on_bad_image, batch_size=TEST_BATCH, bad=bad)
     total = -(-len(source) // TEST_BATCH)
     with work.display.bar(batches, label="test images", total=total) as bar:
-        return walk(bar, predictors=predictors)
+        labels, predictions = walk(bar, predictors=predictors)
+    if len(labels) == 0:
+        raise DataError(f"test images: all {len(source)} images are bad, the first: {bad[0]}")
+    run_folder.write_lines(skipped_file(work.run, "test"), bad)
+    return labels, predictions
 
 
 def _from_bytes(

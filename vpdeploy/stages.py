@@ -85,6 +85,12 @@ class Ledger:
         entry = self._entries().get(stage.name)
         return entry is not None and entry["finished"] and entry["reads"] == self._reads(stage, recipe)
 
+    def is_measured(self, recipe: Recipe) -> bool:
+        """Whether the last bench was finished, and of what ``recipe`` says; the contents of files are not looked at."""
+        entry, reads = self._entries().get("bench"), values_read(Stage("bench"), recipe)
+        before = {} if entry is None else {k: v for k, v in entry["reads"].items() if not k.startswith("contents")}
+        return entry is not None and entry["finished"] and before == json.loads(json.dumps(reads))
+
     def begin(self, stage: Stage, recipe: Recipe) -> None:
         self._write({**self._entries(), stage.name: {"finished": False, "reads": self._reads(stage, recipe)}})
 
@@ -168,6 +174,11 @@ def arm_file(run: Path, name: str, arm: str) -> Path:
 
 def measurement_file(run: Path, arm: str) -> Path:
     return run / "measured" / f"{arm}.json"
+
+
+def skipped_file(run: Path, splits: str) -> Path:
+    """The bad images that were left out, a line each. ``splits``: "training" (train and val) or "test"."""
+    return run / f"skipped.{splits}.txt"
 
 
 def onnx_file(run: Path, arm: str, form: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +24,7 @@ from vpdeploy.models.build import Built, build, check_forward
 from vpdeploy.progress import Display
 from vpdeploy.recipe import CHECKPOINT_SUFFIXES, Recipe, dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, files_left, read_recipe
+from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, files_left, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
@@ -47,6 +47,12 @@ class Workbench:
     def is_done(self, stage: Stage) -> bool:
         """Whether ``stage`` was finished with these values, and nothing of what it left has been removed since."""
         return is_done(self.ledger, stage, self.recipe, run=self.run)
+
+    def require(self, stages: Iterable[Stage], *, command: str) -> None:
+        """Raises: RunFolderError when one of ``stages`` is not done, so that what lies there is of another network."""
+        missing = [stage.name for stage in stages if not self.is_done(stage)]
+        if missing:
+            raise RunFolderError(f"{self.run}: not done yet: {', '.join(missing)}; run `{command}` first")
 
     @contextmanager
     def doing(self, stage: Stage) -> Iterator[None]:
@@ -169,9 +175,7 @@ def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Di
         prepare(refs, recipe.input, max_bad=table.on_bad_image, workers=workers, display=display, label=label)
         for refs, label in ((source.train, "training images"), (source.val, "validation images"))
     )
-    run_folder.write_bytes(
-        run / "skipped.txt", "".join(f"{line}\n" for line in (*train.skipped, *val.skipped)).encode()
-    )
+    run_folder.write_lines(skipped_file(run, "training"), (*train.skipped, *val.skipped))
     return TrainingData(train, val, len(source.classes))
 
 

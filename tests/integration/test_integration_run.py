@@ -45,7 +45,7 @@ HANDED_ON = [
     "stages.json",
     "groups.json",
     "certificate.json",
-    "skipped.txt",
+    "skipped.training.txt",
     "parity.json",
     "parity.dense.json",
     "prompt.npz",
@@ -215,7 +215,7 @@ def test_a_change_that_would_train_again_is_refused_and_redone_when_asked(copied
     assert asked.status == 0
     assert [line for line in asked.err.splitlines() if line.endswith(" ...")] == ["tune:dense ...", "tune:pruned ..."]
     trained = {"dense.safetensors", "pruned.safetensors", "history.jsonl", "stages.json"}
-    assert trained <= rewritten(before, files_of(copied)) <= {*trained, *NOTED, "skipped.txt"}
+    assert trained <= rewritten(before, files_of(copied)) <= {*trained, *NOTED, "skipped.training.txt"}
     epochs = [(r.stage, r.epoch, r.epochs) for r in run_folder.read_history(copied / "history.jsonl")]
     assert epochs[-2:] == [("tune:dense", 1, 1), ("tune:pruned", 1, 1)]
 

@@ -202,3 +202,16 @@ def test_the_recipe_of_a_run(tmp_path):
         (tmp_path / "recipe.toml").write_bytes(content)
         with pytest.raises(RecipeError, match=message):
             read_recipe(tmp_path)
+
+
+def test_a_bench_counts_as_long_as_nothing_before_it_has_changed(ledger):
+    blind = Ledger(ledger.path, {})  # the report knows no file contents
+    assert blind.is_measured(recipe())
+    assert not blind.is_measured(recipe(export__opset=20))
+    ledger.forget("tune")
+    assert not blind.is_measured(recipe())
+
+
+def test_a_bench_that_was_cut_off_does_not_count(ledger):
+    ledger.begin(Stage("bench"), recipe())
+    assert not Ledger(ledger.path, {}).is_measured(recipe())

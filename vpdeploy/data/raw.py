@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -15,23 +16,19 @@ MAX_WAITING_BYTES = 256 * 2**20
 RawBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def raw_batches(refs: ImageRefs, *, max_bad: Literal["fail", "skip"], batch_size: int) -> Iterator[RawBatch]:
+def raw_batches(
+    refs: ImageRefs, *, max_bad: Literal["fail", "skip"], batch_size: int, bad: list[str]
+) -> Iterator[RawBatch]:
     """Batches of images of one size: uint8 [b, h, w, 3], labels int64 [b], positions in ``refs`` int64 [b].
 
     Images wait by size until a batch is full; the rest come at the end, smaller, as they do when too much waits.
-    Every image comes once; under "skip" bad ones do not come at all.
+    Every image comes once; under "skip" bad ones do not come at all, and are added to ``bad`` as "name: reason".
 
     Raises: DataError at a bad image under "fail".
     """
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     waiting_bytes = 0
-    for i in range(len(refs)):
-        try:
-            image = refs.read(i)
-        except DataError as e:
-            if max_bad == "fail":
-                raise failing(e) from e
-            continue
+    for i, image in _readable(refs, range(len(refs)), max_bad=max_bad, bad=bad):
         waiting.setdefault(image.shape, []).append((i, image))
         waiting_bytes += image.nbytes
         full = len(waiting[image.shape]) >= batch_size
@@ -42,6 +39,31 @@ def raw_batches(refs: ImageRefs, *, max_bad: Literal["fail", "skip"], batch_size
             yield batch
     for bucket in waiting.values():
         yield _batch(bucket, refs)
+
+
+def some_images(refs: ImageRefs, count: int, *, max_bad: Literal["fail", "skip"]) -> list[np.ndarray]:
+    """At most ``count`` images, uint8 [h, w, 3] each, evenly over ``refs``; under "skip" others stand in for bad ones.
+
+    Raises: DataError at a bad image under "fail".
+    """
+    spread = np.unique(np.linspace(0, len(refs) - 1, min(len(refs), count)).round()).astype(int).tolist()
+    others = sorted(set(range(len(refs))) - set(spread))
+    images = _readable(refs, [*spread, *others], max_bad=max_bad, bad=[])
+    return [image for _, image in islice(images, len(spread))]
+
+
+def _readable(
+    refs: ImageRefs, positions: Iterable[int], *, max_bad: Literal["fail", "skip"], bad: list[str]
+) -> Iterator[tuple[int, np.ndarray]]:
+    for i in positions:
+        try:
+            image = refs.read(i)
+        except DataError as e:
+            if max_bad == "fail":
+                raise failing(e) from e
+            bad.append(str(e))
+            continue
+        yield i, image
 
 
 def failing(error: DataError) -> DataError:

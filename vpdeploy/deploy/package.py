@@ -23,11 +23,11 @@ TOLERANCE = 1e-3
 UINT8_SNIPPET = """\
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
 classes = open("labels.txt", encoding="utf-8").read().splitlines()
-image = np.asarray(Image.open("photo.jpg").convert("RGB"))      # uint8 [h, w, 3], any size
+image = np.asarray(ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"))  # uint8 [h, w, 3], any size
 logits = session.run(["logits"], {{"image": image[None]}})[0]     # float32 [1, {k}]
 for i in np.argsort(-logits[0])[:5]:
     print(classes[i], logits[0][i])
@@ -36,11 +36,11 @@ for i in np.argsort(-logits[0])[:5]:
 FLOAT_SNIPPET = """\
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
 classes = open("labels.txt", encoding="utf-8").read().splitlines()
-photo = Image.open("photo.jpg").convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
 {crop}photo = photo.resize(({s}, {s}), Image.Resampling.BILINEAR)
 image = np.asarray(photo, dtype=np.float32).transpose(2, 0, 1) / 255      # float32 [3, {s}, {s}] in [0, 1]
 logits = session.run(["logits"], {{"image": image[None]}})[0]              # float32 [1, {k}]
@@ -125,6 +125,9 @@ def _readme(vectors: Mapping[str, Vectors], classes: Sequence[str], recipe: Reci
             "",
             "```python",
             _snippet(vectors, k, s, resize) + "```",
+            "",
+            "Images of 16 bits a channel are scaled by 1/257 first: Pillow's own conversion makes them white. "
+            "`vpdeploy predict` does that.",
             "",
             "Check the files on the machine where they will run (needs numpy and onnxruntime only):",
             "",

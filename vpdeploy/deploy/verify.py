@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +66,22 @@ def verify(folder: Path) -> list[str]:
         _check_file(folder, name, entry)
     lines.append(f"{len(manifest['files'])} files: checksums agree")
     if manifest["vectors"]:
-        with np.load(folder / "vectors.npz", allow_pickle=False) as stored:
+        with _vectors(folder / "vectors.npz") as stored:
             for name, keys in sorted(manifest["vectors"].items()):
                 lines.append(_check_vectors(_inside(folder, name), keys, stored, float(manifest["tolerance"])))
     return lines
+
+
+def _vectors(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        stored = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise VerifyError(
+            f"{path}: cannot be read ({e}); expected the test vectors that the export wrote: {AGAIN}"
+        ) from e
+    if not isinstance(stored, np.lib.npyio.NpzFile):
+        raise VerifyError(f"{path}: holds one array; expected the test vectors that the export wrote: {AGAIN}")
+    return stored
 
 
 def _export_folder(folder: Path) -> Path:

@@ -45,5 +45,7 @@ def walk(
         positions.append(place)
         for name, predict in predictors.items():
             predictions[name].append(predict(images))
+    if not positions:
+        return np.empty(0, np.int64), {name: np.empty(0, np.int64) for name in predictors}
     order = np.argsort(np.concatenate(positions), kind="stable")
     return np.concatenate(labels)[order], {name: np.concatenate(parts)[order] for name, parts in predictions.items()}

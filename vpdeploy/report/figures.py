@@ -54,7 +54,7 @@ def accuracy_figure(history: Sequence[EpochRecord], arms: Sequence[str]) -> str 
             panel.set_title({"fit": "fit", "search": "search, weights frozen", "tune": "tune"}[kind])
             panel.set_xlabel("epoch")
             panel.xaxis.get_major_locator().set_params(
-                integer=True, nbins=max(2, int(8 * shares[kinds.index(kind)] / sum(shares)))
+                integer=True, min_n_ticks=1, nbins=max(2, int(8 * shares[kinds.index(kind)] / sum(shares)))
             )
             panel.margins(x=0.08)
         panels[0].set_ylabel("validation top-1, %")

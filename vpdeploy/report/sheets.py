@@ -153,7 +153,8 @@ def accuracies(report: Report) -> Sheet:
             )
 
     columns = ("arm", "top-1 of the file", "top-1 in torch", "predictions changed", "preprocessing MACs")
-    return _sheet("Whole test split. Preprocessing MACs are of the uint8 form's resize, outside MACs.", columns, rows())
+    images = "Whole test split, less the skipped images named below." if report.skipped_images else "Whole test split."
+    return _sheet(f"{images} Preprocessing MACs are of the uint8 form's resize, outside MACs.", columns, rows())
 
 
 def epochs(records: tuple[EpochRecord, ...], *, caption: str) -> Sheet:

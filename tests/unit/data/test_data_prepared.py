@@ -10,7 +10,7 @@ import torch
 
 from vpdeploy.data import raw
 from vpdeploy.data.prepared import Images, batches, prepare
-from vpdeploy.data.raw import raw_batches
+from vpdeploy.data.raw import raw_batches, some_images
 from vpdeploy.data.refs import ImageRefs
 from vpdeploy.data.resize import resize
 from vpdeploy.errors import DataError
@@ -134,7 +134,7 @@ def test_a_walk_may_repeat_leave_out_or_stop_early(in_memory):
 def test_raw_batches_hold_every_image_once_by_size():
     refs, images = pictures(23)
     seen = []
-    for pixels, labels, positions in raw_batches(refs, max_bad="fail", batch_size=4):
+    for pixels, labels, positions in raw_batches(refs, max_bad="fail", batch_size=4, bad=[]):
         assert pixels.dtype == np.uint8 and labels.dtype == positions.dtype == np.int64
         assert 1 <= len(pixels) <= 4 and len(pixels) == len(labels) == len(positions)
         for image, label, i in zip(pixels, labels, positions, strict=True):
@@ -146,7 +146,7 @@ def test_raw_batches_hold_every_image_once_by_size():
 
 def test_raw_batches_of_alternating_sizes_are_full():
     refs, _ = pictures(16, sizes=((4, 4), (5, 5)))
-    assert [len(p) for _, _, p in raw_batches(refs, max_bad="fail", batch_size=4)] == [4, 4, 4, 4]
+    assert [len(p) for _, _, p in raw_batches(refs, max_bad="fail", batch_size=4, bad=[])] == [4, 4, 4, 4]
 
 
 def test_raw_batches_bound_what_waits(monkeypatch):
@@ -154,15 +154,28 @@ def test_raw_batches_bound_what_waits(monkeypatch):
     reads: list[int] = []
     refs, _ = pictures(60, sizes=tuple((3, w) for w in range(1, 31)))  # every size twice, far apart
     watched = ImageRefs(refs.names, refs.labels, lambda i: (reads.append(i), refs.read(i))[1])
-    walk = raw_batches(watched, max_bad="fail", batch_size=2)
+    walk = raw_batches(watched, max_bad="fail", batch_size=2, bad=[])
     next(walk)
     assert len(reads) < 12
     assert sum(len(p) for _, _, p in walk) == 59
 
 
-def test_raw_batches_skip_or_fail():
+def test_raw_batches_skip_by_name_or_fail():
     refs, _ = pictures(6, bad=frozenset({2}), sizes=((4, 4),))
-    positions = [p.tolist() for _, _, p in raw_batches(refs, max_bad="skip", batch_size=4)]
-    assert positions == [[0, 1, 3, 4], [5]]
+    bad: list[str] = []
+    positions = [p.tolist() for _, _, p in raw_batches(refs, max_bad="skip", batch_size=4, bad=bad)]
+    assert positions == [[0, 1, 3, 4], [5]] and bad == ["image 2: truncated"]
     with pytest.raises(DataError, match=r'^image 2: truncated; or set data\.on_bad_image = "skip"'):
-        list(raw_batches(refs, max_bad="fail", batch_size=4))
+        list(raw_batches(refs, max_bad="fail", batch_size=4, bad=[]))
+
+
+def test_some_images_are_spread_and_others_stand_in_for_bad_ones():
+    refs, images = pictures(10)
+    chosen = some_images(refs, 4, max_bad="fail")
+    assert [next(i for i, image in enumerate(images) if image is one) for one in chosen] == [0, 3, 6, 9]
+    worse, images = pictures(10, bad=frozenset({0, 3, 6, 9, 1}))
+    chosen = some_images(worse, 4, max_bad="skip")
+    assert [next(i for i, image in enumerate(images) if image is one) for one in chosen] == [2, 4, 5, 7]
+    assert len(some_images(refs, 32, max_bad="fail")) == 10
+    with pytest.raises(DataError, match=r"^image 0: truncated; or set"):
+        some_images(worse, 4, max_bad="fail")

@@ -1,0 +1,138 @@
+"""What comes later never takes what an earlier stage left of another network, and bad images are named wherever they lie."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from integration.stand_ins import write_images
+from torch import nn
+
+from vpdeploy import pipeline
+from vpdeploy.errors import DataError, RunFolderError, SurgeryError
+from vpdeploy.progress import Display
+from vpdeploy.recipe import Recipe, parse_recipe
+from vpdeploy.report.compare import check_consistency
+
+QUIET = Display(quiet=True)
+CLASSES, EACH, TEST_EACH = ("a", "b"), 16, 4
+
+
+def recipe_for(images: Path, *, epochs: int = 1, ratio: float = 0.6) -> Recipe:
+    raw = {
+        "model": {"name": "cifar_resnet8"},
+        "data": {"name": "imagefolder", "root": str(images), "val_fraction": 0.25, "on_bad_image": "skip"},
+        "input": {"image_size": 8},
+        "prompt": {"pixels": {"size": 1}},
+        "fit": {"epochs": 1},
+        "search": {"epochs": 1},
+        "budget": {"macs_ratio": ratio},
+        "tune": {"epochs": epochs},
+        "compute": {"precision": "fp32", "channels_last": "no", "device": "cpu"},
+        "compare": {"arms": ["dense", "pruned"]},
+        "export": {"forms": ["uint8"]},
+        "bench": {"batches": [1], "threads": [1], "seconds": 0.001, "image_size": [9, 9]},
+    }
+    return parse_recipe(raw, where="order", folder=images.parent)
+
+
+def spoiled(good: Path, path: Path, names: set[str]) -> Path:
+    """A copy of the archive in which ``names`` are cut off in the middle."""
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, content[: len(content) // 2] if name in names else content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("order") / "images.zip"
+    write_images(path, classes=CLASSES, each=EACH, sizes=((9, 9), (12, 10)), test_each=TEST_EACH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(images) -> Path:
+    run = images.parent / "run"
+    pipeline.run(recipe_for(images), run, command="a test", display=QUIET)
+    return run
+
+
+def test_bad_images_of_every_split_are_left_out_and_named(images, tmp_path):
+    bad = {f"train/a/{i}.jpg" for i in range(0, EACH, 2)} | {"test/b/1.jpg"}
+    made = pipeline.run(
+        recipe_for(spoiled(images, tmp_path / "bad.zip", bad)), tmp_path / "run", command="a test", display=QUIET
+    )
+    assert {line.partition(":")[0] for line in made.skipped_images} == bad
+    assert made.arms["pruned"].n == len(CLASSES) * TEST_EACH - 1
+    assert "less the skipped images" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_test_split_without_one_good_image_is_an_error(images, finished, tmp_path):
+    bad = {f"test/{label}/{i}.jpg" for label in CLASSES for i in range(TEST_EACH)}
+    with pytest.raises(DataError, match="^test images: all 8 images are bad, the first: test/a/0.jpg: "):
+        pipeline.run(
+            recipe_for(spoiled(images, tmp_path / "bad.zip", bad)), tmp_path / "run", command="a test", display=QUIET
+        )
+
+
+def test_nothing_is_exported_measured_or_reported_of_a_half_trained_run(images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    entries = json.loads((run / "stages.json").read_text())
+    for name in ("tune:pruned", "export", "bench"):  # as `prune --redo tune` leaves them when it is killed in an arm
+        del entries[name]
+    (run / "stages.json").write_text(json.dumps(entries))
+    with pytest.raises(RunFolderError, match=r"not done yet: tune:pruned; run `vpdeploy prune RECIPE -o .*` first$"):
+        pipeline.export(run, display=QUIET)
+    with pytest.raises(RunFolderError, match=r"not done yet: export; run `vpdeploy export .*` first$"):
+        pipeline.bench(run, display=QUIET)
+    with pytest.raises(
+        RunFolderError, match=r"not measured yet; run `vpdeploy export .*` and `vpdeploy bench .*` first$"
+    ):
+        pipeline.report(run)
+
+
+def test_a_report_follows_the_budget_that_was_cut_last(images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    pipeline.prune(recipe_for(images, ratio=0.4), run, redo="search", command="a test", display=QUIET)
+    with pytest.raises(RunFolderError, match="not measured yet"):
+        pipeline.report(run)
+    made = pipeline.run(recipe_for(images, ratio=0.4), run, command="a test", display=QUIET)
+    check_consistency(made)
+    certificate, arms = made.certificates["pruned"], made.arms
+    assert arms["pruned"].macs / arms["dense"].macs == pytest.approx(certificate.reached, rel=1e-12)
+    assert certificate.reached <= 0.4
+
+
+@pytest.mark.parametrize("command", [pipeline.export, pipeline.bench])
+def test_a_folder_that_is_no_run_stays_as_it_is(command, tmp_path):
+    with pytest.raises(RunFolderError, match="got a folder without recipe.toml"):
+        command(tmp_path / "typo", display=QUIET)
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("environment", ["{", "[]", "{}"])
+def test_a_damaged_note_of_the_environment_is_a_message(environment, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "environment.json").write_text(environment)
+    with pytest.raises(RunFolderError, match=r"environment.json: damaged: .*; run the same `vpdeploy run` again"):
+        pipeline.report(run)
+
+
+def test_a_cut_that_breaks_the_budget_is_an_error(images):
+    networks = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 8, 1)
+    for module in networks:
+        module.eval()
+    smaller, dense = (nn.Sequential(network, nn.Flatten()) for network in networks)
+    pipeline._check_budget(smaller, dense, recipe=recipe_for(images, ratio=0.625))
+    with pytest.raises(
+        SurgeryError, match=r"^budget.macs_ratio: the cut network keeps 0.6250, expected at most 0.62: "
+    ):
+        pipeline._check_budget(smaller, dense, recipe=recipe_for(images, ratio=0.62))
