@@ -1,6 +1,8 @@
 """What lies beside the .onnx files, and what works with them alone: verify, predict and the README's snippet. The files
 here are written by hand, so that nothing needs torch."""
 
+import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -112,8 +114,6 @@ def edit_manifest(folder: Path, edit) -> None:
 
 def resign(folder: Path, name: str) -> None:
     """Give ``name`` the checksum of what it holds now, as if it had been exported so."""
-    import hashlib
-
     content = (folder / name).read_bytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
@@ -225,6 +225,23 @@ def test_a_changed_vector_is_found_even_when_it_has_been_signed_again(folder):
     np.savez(folder / "vectors.npz", **arrays)
     resign(folder, "vectors.npz")
     with pytest.raises(VerifyError, match=r"on the stored input 'pruned\.onnx\.1\.image' .* differs by .*e-0"):
+        verify(folder)
+
+
+def stored_array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"no archive", "cannot be read"), (b"PK\x03\x04", "cannot be read"), (stored_array(), "holds one array")],
+)
+def test_vectors_that_are_no_archive_are_a_clear_error_even_when_signed_again(folder, content, message):
+    (folder / "vectors.npz").write_bytes(content)
+    resign(folder, "vectors.npz")
+    with pytest.raises(VerifyError, match=rf"vectors\.npz: {message}.*expected the test vectors that the export wrote"):
         verify(folder)
 
 
