@@ -9,6 +9,7 @@ Needs numpy and onnxruntime only. vpdeploy copies this file as it is into every 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 import zipfile
@@ -74,7 +75,8 @@ def verify(folder: Path) -> list[str]:
 
 def _vectors(path: Path) -> np.lib.npyio.NpzFile:
     try:
-        stored = np.load(path, allow_pickle=False)
+        # Through memory (the export bounds its size): of a damaged file numpy would leave the handle open.
+        stored = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise VerifyError(
             f"{path}: cannot be read ({e}); expected the test vectors that the export wrote: {AGAIN}"
