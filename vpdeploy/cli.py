@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import load_recipe
+from vpdeploy.recipe import Recipe, load_recipe
 
 app = typer.Typer(
     name="vpdeploy",
@@ -28,8 +28,19 @@ app = typer.Typer(
     add_completion=False,
 )
 # A pipe has no width: 80 columns would cut the figures out of the table.
-out = Console(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True)
+# And ":factory:" in a message is a name and a colon, not an emoji.
+out = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+err = Console(stderr=True, emoji=False)
+
+
+def _known_stage(redo: str | None) -> str | None:
+    if redo is not None:
+        from vpdeploy.stages import ORDER
+
+        if redo not in ORDER:
+            raise typer.BadParameter(f"got {redo!r}; expected one of {', '.join(ORDER)}")
+    return redo
+
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a recipe in TOML, such as recipes/quickstart.toml")
@@ -48,6 +59,7 @@ RedoOption = Annotated[
     typer.Option(
         "--redo",
         metavar="STAGE",
+        callback=_known_stage,
         help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
     ),
 ]
@@ -84,6 +96,13 @@ def _folder(recipe: Path, run: Path | None) -> Path:
     return run or Path("runs") / recipe.stem
 
 
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe, once nothing is wrong with it nor with the files and names that it needs here."""
+    from vpdeploy.checking import outside_problems
+
+    return load_recipe(recipe, overrides or [], further=outside_problems)
+
+
 def _command() -> str:
     return shlex.join(["vpdeploy", *sys.argv[1:]])
 
@@ -93,11 +112,11 @@ def run_command(
     recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None
 ) -> None:
     """Do everything: prune, export, bench, report. Interrupted, the same command goes on where it stopped."""
-    loaded, folder = load_recipe(recipe, set_ or []), _folder(recipe, output)
+    loaded, folder = _load(recipe, set_), _folder(recipe, output)
     from vpdeploy.pipeline import run
     from vpdeploy.report.table import comparison_table
 
-    report = run(loaded, folder, redo=_stage(redo), command=_command(), display=Display(err))
+    report = run(loaded, folder, redo=redo, command=_command(), display=Display(err))
     out.print(comparison_table(report))
     out.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     out.print(f"file:   {folder / 'export'}", soft_wrap=True, highlight=False)
@@ -106,10 +125,10 @@ def run_command(
 @app.command(rich_help_panel="The road")
 def prune(recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None) -> None:
     """Fit, search, select, cut and tune; the dense baseline too."""
-    loaded, folder = load_recipe(recipe, set_ or []), _folder(recipe, output)
+    loaded, folder = _load(recipe, set_), _folder(recipe, output)
     from vpdeploy import pipeline
 
-    pipeline.prune(loaded, folder, redo=_stage(redo), command=_command(), display=Display(err))
+    pipeline.prune(loaded, folder, redo=redo, command=_command(), display=Display(err))
     out.print(f"pruned: {folder}; next: vpdeploy export {folder}", soft_wrap=True, highlight=False)
 
 
@@ -149,7 +168,7 @@ def report(run: RunArgument) -> None:
 @app.command(rich_help_panel="Before")
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Tell every problem of a recipe at once, with the key and what to do. Nothing is run."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = _load(recipe, set_)
     arms = ", ".join(loaded.arms)
     out.print(
         f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {loaded.budget.kind} {loaded.budget.ratio:g}, arms {arms}",
@@ -165,7 +184,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show what can be removed, what is excluded and why, and how small the network can get. Nothing is trained."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = _load(recipe, set_)
     from vpdeploy.inspection import inspect_recipe
 
     found = inspect_recipe(loaded)
@@ -221,11 +240,3 @@ def verify(
         raise VpdeployError(str(e)) from e
     for line in lines:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _stage(redo: str | None) -> str | None:
-    from vpdeploy.stages import ORDER
-
-    if redo is not None and redo not in ORDER:
-        raise VpdeployError(f"--redo: got {redo!r}; expected one of {', '.join(ORDER)}")
-    return redo

@@ -10,14 +10,15 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vpdeploy.errors import RecipeError
 
@@ -30,6 +31,38 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
 BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
+# What follows from several keys: those keys, dotted, and what is to be told.
+Problem = tuple[tuple[str, ...], str]
+Values = TypeVar("Values", bound=tuple[Any, ...])
+
+
+def _each_once(values: Values) -> Values:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise PydanticCustomError("twice", "each value once: remove the second {value}", {"value": repr(twice[0])})
+    return values
+
+
+def _at_most_one(values: Values) -> Values:
+    if max(values) > 1:
+        raise PydanticCustomError("scale", "at most 1 for each colour, as pixels are in [0, 1]: divide by 255")
+    return values
+
+
+def _not_negative(values: Values) -> Values:
+    if min(values) < 0:
+        raise PydanticCustomError("scale", "at least 0 for each colour, as pixels are in [0, 1]")
+    return values
+
+
+def _numbered_gpu(name: str) -> str:
+    if not re.fullmatch(r"cuda:\d+", name):
+        raise PydanticCustomError("gpu", "'cuda:N' with the number of a GPU, such as 'cuda:1'")
+    return name
+
+
+Colours = Annotated[tuple[float, float, float], AfterValidator(_at_most_one), AfterValidator(_not_negative)]
+Scales = Annotated[tuple[Positive, Positive, Positive], AfterValidator(_at_most_one)]
 
 
 class Table(BaseModel):
@@ -46,13 +79,16 @@ class ModelTable(Table):
     weights: str | None = Field(
         default=None,
         description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
+        min_length=1,
     )
     head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
         default="auto",
         description="auto: keep when class counts agree, else replace; flm, ilm: keep the source classifier and map its classes by frequency (once; again every search epoch)",
     )
     classifier: str | None = Field(
-        default=None, description="names the classifier when it is not the last linear layer or 1x1 convolution"
+        default=None,
+        description="names the classifier when it is not the last linear layer or 1x1 convolution",
+        min_length=1,
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
 
@@ -67,6 +103,7 @@ class DataTable(Table):
     root: str | None = Field(
         default=None,
         description="folder or .zip: train/CLASS/* and test/CLASS/* (with train/ and val/ alone, val is the test split), or bare CLASS/* with test_fraction",
+        min_length=1,
     )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="split off train, stratified and seeded; reported, selects nothing by itself"
@@ -101,12 +138,8 @@ class InputTable(Table):
     resize: Literal["stretch", "shorter-side-crop"] = Field(
         default="stretch", description="how an image becomes square"
     )
-    mean: tuple[float, float, float] = Field(
-        default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False
-    )
-    std: tuple[Positive, Positive, Positive] = Field(
-        default=(0.229, 0.224, 0.225), description="per colour", strict=False
-    )
+    mean: Colours = Field(default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
+    std: Scales = Field(default=(0.229, 0.224, 0.225), description="per colour, at most 1", strict=False)
 
     @property
     def canvas(self) -> int:
@@ -205,8 +238,8 @@ class ComputeTable(Table):
     channels_last: Literal["auto", "yes", "no"] = Field(
         default="auto", description="memory layout of the backbone in training"
     )
-    device: str = Field(
-        default="auto", description='"cpu", "cuda", "cuda:1"; auto: the first GPU, or the CPU', min_length=1
+    device: Literal["auto", "cpu", "cuda"] | Annotated[str, AfterValidator(_numbered_gpu)] = Field(
+        default="auto", description='"cuda:1": the GPU of that number; auto: the first GPU, or the CPU'
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="threads that decode images; auto: one per core"
@@ -216,17 +249,16 @@ class ComputeTable(Table):
 class CompareTable(Table):
     """Which models stand in the report."""
 
-    arms: tuple[Arm, ...] | None = Field(
+    arms: Annotated[tuple[Arm, ...], Field(strict=False), AfterValidator(_each_once)] | None = Field(
         default=None,
         description="dense and pruned always; dense+prompt: tuned with the prompt; pruned-prompt: search and tune without it. Absent: dense, dense+prompt (with a prompt) and pruned",
-        strict=False,
     )
 
 
 class ExportTable(Table):
     """What is written for the runtime."""
 
-    forms: tuple[Literal["uint8", "float"], ...] = Field(
+    forms: Annotated[tuple[Literal["uint8", "float"], ...], AfterValidator(_each_once)] = Field(
         default=("uint8", "float"),
         description="uint8: [n, h, w, 3], everything inside; float: [n, 3, image_size, image_size] in [0, 1]",
         strict=False,
@@ -238,8 +270,10 @@ class ExportTable(Table):
 class BenchTable(Table):
     """How the exported files are measured."""
 
-    batches: tuple[Count, ...] = Field(default=(1, 8), description="batch sizes", strict=False, min_length=1)
-    threads: tuple[Threads, ...] = Field(
+    batches: Annotated[tuple[Count, ...], AfterValidator(_each_once)] = Field(
+        default=(1, 8), description="batch sizes", strict=False, min_length=1
+    )
+    threads: Annotated[tuple[Threads, ...], AfterValidator(_each_once)] = Field(
         default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
     )
     seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
@@ -275,10 +309,16 @@ class Recipe(Table):
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def _nothing_further(recipe: Recipe) -> Iterable[Problem]:
+    return ()
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[Problem]] = _nothing_further
+) -> Recipe:
     """The recipe in ``path`` with ``key=value`` overrides applied; relative paths start at the recipe's folder.
 
-    Raises: RecipeError with every problem of the file and of the overrides.
+    Raises: RecipeError with every problem of the file and of the overrides, and what ``further`` finds beside them.
     """
     where = str(path)
     try:
@@ -290,12 +330,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as e:
         raise RecipeError(where, [f"not valid TOML: {e}"]) from e
     problems = [problem for text in overrides for problem in _override(raw, text)]
-    return parse_recipe(raw, where=where, folder=path.resolve().parent, earlier_problems=problems)
+    return parse_recipe(raw, where=where, folder=path.resolve().parent, earlier_problems=problems, further=further)
 
 
-def parse_recipe(raw: dict[str, Any], *, where: str, folder: Path, earlier_problems: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    raw: dict[str, Any],
+    *,
+    where: str,
+    folder: Path,
+    earlier_problems: Sequence[str] = (),
+    further: Callable[[Recipe], Iterable[Problem]] = _nothing_further,
+) -> Recipe:
     """Check ``raw`` and make its relative paths absolute from ``folder``.
 
+    ``further`` is given the recipe with every wrong key at its default; what it says of wrong keys is not told.
     Raises: RecipeError with every problem at once.
     """
     problems, wrong = list(earlier_problems), []
@@ -304,15 +352,17 @@ def parse_recipe(raw: dict[str, Any], *, where: str, folder: Path, earlier_probl
     except ValidationError as e:
         by_place: dict[str, list[ErrorDetails]] = {}
         for error in e.errors():
-            by_place.setdefault(_place(error["loc"]), []).append(error)
+            by_place.setdefault(_place(_whole(error)), []).append(error)
         problems += [_explain(place, errors) for place, errors in by_place.items()]
         wrong = [_key(error["loc"]) for error in e.errors()]
         recipe = _without(raw, wrong)
     dotted = [".".join(key) for key in wrong]
-    problems += [text for keys, text in _cross_field(recipe) if not any(_overlap(a, b) for a in keys for b in dotted)]
+    resolved = _absolute(recipe, folder)
+    found = [*_cross_field(recipe), *further(resolved)]
+    problems += [text for keys, text in found if not any(_overlap(a, b) for a in keys for b in dotted)]
     if problems:
         raise RecipeError(where, problems)
-    return _absolute(recipe, folder)
+    return resolved
 
 
 def _override(raw: dict[str, Any], text: str) -> Iterator[str]:
@@ -374,9 +424,23 @@ def _key(loc: Sequence[str | int]) -> tuple[str, ...]:
     return tuple(part for i, part in enumerate(parts) if _table(parts[:i]) is not None)
 
 
+def _whole(error: ErrorDetails) -> Sequence[str | int]:
+    """Where ``error`` is: what lacks in a list is a problem of the list."""
+    loc = error["loc"]
+    return loc[:-1] if error["type"] == "missing" and isinstance(loc[-1], int) else loc
+
+
 def _place(loc: Sequence[str | int]) -> str:
     """The dotted key, and the position in it: bench.batches[0]."""
     return ".".join(_key(loc)) + "".join(f"[{part}]" for part in loc if isinstance(part, int))
+
+
+def _length(key: Sequence[str]) -> int | None:
+    """How many values the list at ``key`` takes; None for any number, and for what is no list."""
+    table = _table(key[:-1])
+    info = table.model_fields.get(key[-1]) if table else None
+    parts = get_args(info.annotation) if info and get_origin(info.annotation) is tuple else (...,)
+    return None if ... in parts else len(parts)
 
 
 # pydantic's kind of error -> what was expected, in its own words and with its context filled in
@@ -409,9 +473,14 @@ def _explain(place: str, errors: Sequence[ErrorDetails]) -> str:
         near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return f"{place}: unknown key; {advice}"
-    if kind == "missing" and "[" not in place:
+    length = _length(key) if kind in ("missing", "too_long") else None
+    if length is not None:
+        return f"{place}: got {got!r}; expected {length} numbers"
+    if kind == "missing":
         return f"{place}: missing; expected {known[key[-1]].description or 'this table'}"
     expected = " or ".join(_expected(one) for one in errors)
+    if kind == "string_too_short" and not known[key[-1]].is_required():
+        expected += ": leave the key out for none"
     near = difflib.get_close_matches(str(got), [w.strip("'") for w in _words(expected)], n=1, cutoff=0.6)
     advice = f"; did you mean {near[0]!r}?" if near and kind == "literal_error" else ""
     return f"{place}: got {got!r}; expected {expected}{advice}"
@@ -426,7 +495,7 @@ def _words(text: str) -> list[str]:
     return text.replace(" or ", ", ").split(", ")
 
 
-def _cross_field(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def _cross_field(recipe: Recipe) -> Iterator[Problem]:
     """What no single key can know: (the keys that it follows from, problem)."""
     pixels, canvas, size = recipe.prompt.pixels, recipe.input.canvas, recipe.input.image_size
     given = [name for name in BUDGETS if getattr(recipe.budget, name) is not None]
@@ -454,6 +523,8 @@ def _cross_field(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.data.name == "imagefolder" and not recipe.data.root:
         yield ("data.name", "data.root"), "data.root: missing; expected the folder or .zip that holds the images"
     weights = ("model.weights",)
+    if (problem := weights_of_no_file(recipe.model)) is not None:
+        yield (*weights, "model.name"), problem
     if recipe.model.head in ("flm", "ilm") and not recipe.model.weights:
         yield (
             ("model.head", *weights),
@@ -470,12 +541,20 @@ def _cross_field(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
 
 
+def weights_of_no_file(model: ModelTable) -> str | None:
+    """What is wrong with weights that are neither a checkpoint nor torchvision's; None when nothing is."""
+    if model.weights is None or model.weights.endswith(CHECKPOINT_SUFFIXES) or model.name.startswith("torchvision:"):
+        return None
+    return (
+        f"model.weights: got {model.weights!r} for {model.name!r}; expected a file that ends in "
+        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' networks have weights by name: rename the file"
+    )
+
+
 def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
     for needed in ("dense", "pruned"):
         if needed not in arms:
             yield f"{needed!r} is missing; every report compares dense with pruned: add it"
-    if len(set(arms)) != len(arms):
-        yield f"got {list(arms)}; expected each arm once"
     if pixels.kind == "none":
         for arm in dict.fromkeys(arms):
             if "prompt" in arm:
@@ -489,7 +568,7 @@ def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     """The same recipe with every path absolute, so that it means the same from anywhere."""
-    return _with_paths(recipe, lambda path: str((folder / Path(path).expanduser()).resolve()))
+    return _with_paths(recipe, lambda path: str((folder / os.path.expanduser(path)).resolve()))
 
 
 def relative_to(recipe: Recipe, folder: Path) -> Recipe:

@@ -90,7 +90,42 @@ ONE_PROBLEM = [
     ({"input": {"mean": [0.5, float("nan"), 0.5]}}, "input.mean[1]: got nan; expected a finite number"),
     ({"bench": {"batches": []}}, "bench.batches: got []; expected at least 1 of them"),
     ({"model": {"name": ""}}, "model.name: got ''; expected a text that is not empty"),
-    ({"bench": {"image_size": [8]}}, "bench.image_size[1]: "),
+    (
+        {"model": {"weights": ""}},
+        "model.weights: got ''; expected a text that is not empty: leave the key out for none",
+    ),
+    ({"data": {"root": ""}}, "data.root: got ''; expected a text that is not empty: leave the key out for none"),
+    (
+        {"compute": {"device": "bogus"}},
+        "compute.device: got 'bogus'; expected 'auto', 'cpu' or 'cuda' or 'cuda:N' with the number of a GPU, such as "
+        "'cuda:1'",
+    ),
+    ({"compute": {"device": "cuda:"}}, "compute.device: got 'cuda:'; expected 'auto', 'cpu' or 'cuda' or 'cuda:N' "),
+    ({"compute": {"device": "cdua"}}, "compute.device: got 'cdua'; expected 'auto', "),
+    # lists: how many, how large, each once
+    ({"bench": {"image_size": [8]}}, "bench.image_size: got [8]; expected 2 numbers"),
+    ({"input": {"mean": [1, 2]}}, "input.mean: got [1, 2]; expected 3 numbers"),
+    ({"input": {"mean": []}}, "input.mean: got []; expected 3 numbers"),
+    ({"input": {"std": [0.1, 0.2, 0.3, 0.4]}}, "input.std: got [0.1, 0.2, 0.3, 0.4]; expected 3 numbers"),
+    (
+        {"input": {"mean": [123.7, 116.3, 103.5]}},
+        "input.mean: got [123.7, 116.3, 103.5]; expected at most 1 for each colour, as pixels are in [0, 1]: "
+        "divide by 255",
+    ),
+    (
+        {"input": {"mean": [-0.5, 0.5, 0.5]}},
+        "input.mean: got [-0.5, 0.5, 0.5]; expected at least 0 for each colour, as pixels are in [0, 1]",
+    ),
+    (
+        {"input": {"std": [58.4, 57.1, 57.4]}},
+        "input.std: got [58.4, 57.1, 57.4]; expected at most 1 for each colour, as pixels are in [0, 1]: divide by 255",
+    ),
+    (
+        {"export": {"forms": ["uint8", "uint8"]}},
+        "export.forms: got ['uint8', 'uint8']; expected each value once: remove the second 'uint8'",
+    ),
+    ({"bench": {"batches": [8, 1, 8]}}, "bench.batches: got [8, 1, 8]; expected each value once: remove the second 8"),
+    ({"bench": {"threads": [2, 2]}}, "bench.threads: got [2, 2]; expected each value once: remove the second 2"),
     # budgets
     ({"budget": {"macs_ratio": 0}}, "budget.macs_ratio: got 0; expected more than 0"),
     ({"budget": {"macs_ratio": 1.01}}, "budget.macs_ratio: got 1.01; expected at most 1"),
@@ -116,7 +151,7 @@ ONE_PROBLEM = [
     ({"compare": {"arms": ["dense"]}}, "compare.arms: 'pruned' is missing; every report compares dense with pruned"),
     (
         {"compare": {"arms": ["pruned", "dense", "pruned"]}},
-        "compare.arms: got ['pruned', 'dense', 'pruned']; expected ",
+        "compare.arms: got ['pruned', 'dense', 'pruned']; expected each value once: remove the second 'pruned'",
     ),
     (
         {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"kind": "none"}}},
@@ -128,6 +163,11 @@ ONE_PROBLEM = [
     ),
     ({"data": {"name": "imagefolder"}}, "data.root: missing; expected the folder or .zip that holds the images"),
     ({"model": {"head": "flm"}}, "model.head: got 'flm' without model.weights; a label map needs a trained source "),
+    (
+        {"model": {"weights": "DEFAULT"}},
+        "model.weights: got 'DEFAULT' for 'cifar_resnet8'; expected a file that ends in .pt, .pth, .th, .safetensors; "
+        "only 'torchvision:...' networks have weights by name: rename the file",
+    ),
     ({"model": {"args": {"width": 2}}}, "model.args: got values for 'cifar_resnet8'; only a factory "),
     ({"fit": {"what": "none"}}, "fit.what: got 'none' without model.weights; expected 'all', or give weights"),
 ]
@@ -166,6 +206,31 @@ def test_a_wrong_key_says_nothing_of_the_keys_that_depend_on_it():
     # With the wrong kind at its default, "pad", a size of 7 on a canvas of 8 would be called too large.
     found = problems({"input": {"image_size": 8}, "prompt": {"pixels": {"kind": "fxi", "size": 7}}})
     assert [line.split(":")[0] for line in found] == ["prompt.pixels.kind"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:11"])
+def test_devices(device):
+    assert parse({"compute": {"device": device}}).compute.device == device
+
+
+def test_what_is_found_further_is_told_with_the_rest_but_not_of_wrong_keys():
+    def further(recipe):
+        assert recipe.data.root == str(HERE / "d")
+        yield ("data.root",), "data.root: is not there"
+        yield ("model.weights", "model.name"), "model.weights: is not there"
+
+    raw = merged({"data": {"root": "d"}, "model": {"weights": 3}, "tune": {"epochs": 0}})
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw, where="r.toml", folder=HERE, further=further)
+    assert sorted(caught.value.problems) == [
+        "data.root: is not there",
+        "model.weights: got 3; expected a text in quotes",
+        "tune.epochs: got 0; expected at least 1",
+    ]
+
+
+def test_the_home_folder_of_nobody_is_a_folder_like_any_other():
+    assert parse({"data": {"root": "~nobody-of-that-name/x"}}).data.root == str(HERE / "~nobody-of-that-name/x")
 
 
 def test_the_message_counts_and_names_the_file():

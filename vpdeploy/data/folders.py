@@ -35,12 +35,16 @@ def open_imagefolder(root: str | None, *, max_pixels: int) -> Opened:
         marks = {name: mark for name, mark in walk(top, top) if _is_image(name)}
         return _opened(marks, _from_disk(top, max_pixels=max_pixels), where=str(path))
     if not path.exists():
-        raise DataError(f"data.root: {path} does not exist; expected a folder or .zip with {LAYOUT}: check the path")
+        raise DataError(no_such_root(path))
     entries, read = list_zip(path)
     marks = {name: mark for name, mark in entries.items() if _is_image(name)}
     prefix = _common_top(marks)
     stripped = {name[len(prefix) :]: mark for name, mark in marks.items()}
     return _opened(stripped, _from_zip(read, prefix, max_pixels=max_pixels), where=str(path))
+
+
+def no_such_root(path: Path) -> str:
+    return f"data.root: {path} does not exist; expected a folder or .zip with {LAYOUT}: check the path"
 
 
 def walk(folder: Path, root: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, tuple[int, int]]]:

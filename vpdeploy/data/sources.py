@@ -14,6 +14,7 @@ from vpdeploy.recipe import DataTable
 
 __all__ = ["DataSource", "ImageRefs", "open_source"]
 
+KNOWN = ("digits", "imagefolder", *SETS)
 DIGITS_TEST_FRACTION = 0.2
 # The second number of each seed: one stream must not change when another draws more.
 TEST, VAL, LIMIT_TRAIN, LIMIT_TEST = range(4)
@@ -49,10 +50,13 @@ def _open(table: DataTable) -> Opened:
         return open_imagefolder(table.root, max_pixels=table.max_pixels)
     if table.name in SETS:
         return open_torchvision(table)
-    known = ["digits", "imagefolder", *SETS]
-    near = difflib.get_close_matches(table.name, known, n=1, cutoff=0.5)
+    raise DataError(unknown_set(table.name))
+
+
+def unknown_set(name: str) -> str:
+    near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]!r}?" if near else "choose one of them"
-    raise DataError(f"data.name: got {table.name!r}; expected one of {', '.join(known)}; {advice}")
+    return f"data.name: got {name!r}; expected one of {', '.join(KNOWN)}; {advice}"
 
 
 def _own_splits(opened: Opened, table: DataTable, *, seed: int) -> tuple[ImageRefs, ImageRefs | None, ImageRefs]:

@@ -79,10 +79,7 @@ def open_torchvision(table: DataTable) -> Opened:
     """
     spec = SETS[table.name]
     if not table.root:
-        raise DataError(
-            f"data.root: missing; torchvision's {table.name} needs the folder that holds it, or into which to download"
-            " it: set it"
-        )
+        raise DataError(no_root(table.name))
     root = Path(table.root)
     made = {split: _made(spec, arguments, table, root=root) for split, arguments in spec.splits.items()}
     listed = {split: spec.listed(data) for split, data in made.items()}
@@ -92,6 +89,16 @@ def open_torchvision(table: DataTable) -> Opened:
         for split, (items, labels, _) in listed.items()
     }
     return Opened(classes, splits, fingerprint_of(_files(spec, root)), f"{table.name} in {root}")
+
+
+def no_root(name: str) -> str:
+    return (
+        f"data.root: missing; torchvision's {name} needs the folder that holds it, or into which to download it: set it"
+    )
+
+
+def where_to_get(spec: SetSpec) -> str:
+    return f"set data.download = true, or put torchvision's {', '.join(spec.files)} there"
 
 
 def _made(spec: SetSpec, arguments: dict[str, Any], table: DataTable, *, root: Path) -> Any:
@@ -105,11 +112,7 @@ def _made(spec: SetSpec, arguments: dict[str, Any], table: DataTable, *, root: P
     except MemoryError:
         raise
     except Exception as e:  # missing, damaged and unreachable data are told apart by text alone, if at all
-        advice = (
-            "check the network, or put the data there yourself"
-            if table.download
-            else f"set data.download = true, or put torchvision's {', '.join(spec.files)} there"
-        )
+        advice = "check the network, or put the data there yourself" if table.download else where_to_get(spec)
         raise DataError(f"data.root: {root} does not give {table.name} ({type(e).__name__}: {e}); {advice}") from e
 
 

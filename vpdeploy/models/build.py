@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,22 +20,15 @@ from vpdeploy.errors import ModelError
 from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
+from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
 from vpdeploy.models.torchvision_networks import network_names, published_tensors, torchvision_architecture
 from vpdeploy.models.user_factory import user_architecture
 from vpdeploy.models.weights import fit_names, load_weights, read_tensors
-from vpdeploy.recipe import CHECKPOINT_SUFFIXES, ModelTable
+from vpdeploy.recipe import CHECKPOINT_SUFFIXES, ModelTable, weights_of_no_file
 
 Head = Literal["keep", "replace", "flm", "ilm"]
 
-BUILT_IN = {
-    "cifar_resnet8": partial(cifar_resnet, 8),
-    "cifar_resnet14": partial(cifar_resnet, 14),
-    "cifar_resnet20": partial(cifar_resnet, 20),
-    "cifar_resnet32": partial(cifar_resnet, 32),
-    "cifar_resnet44": partial(cifar_resnet, 44),
-    "cifar_resnet56": partial(cifar_resnet, 56),
-    "cifar_resnet110": partial(cifar_resnet, 110),
-}
+BUILT_IN = {name: partial(cifar_resnet, depth) for name, depth in CIFAR_RESNETS.items()}
 
 
 @dataclass(frozen=True)
@@ -113,14 +105,9 @@ def _source(table: ModelTable, *, classes: int, load: bool, source_classes: int 
 
 def _published_name(table: ModelTable) -> str | None:
     """The name of published weights, None for a file or for none at all."""
-    if table.weights is None or table.weights.endswith(CHECKPOINT_SUFFIXES):
-        return None
-    if table.name.startswith("torchvision:"):
-        return table.weights
-    raise ModelError(
-        f"model.weights: got {table.weights!r} for {table.name!r}; expected a file that ends in "
-        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' networks have weights by name: rename the file"
-    )
+    if (problem := weights_of_no_file(table)) is not None:
+        raise ModelError(problem)
+    return None if table.weights is None or table.weights.endswith(CHECKPOINT_SUFFIXES) else table.weights
 
 
 def _classes_in(tensors: Mapping[str, Tensor], classifier: str) -> int | None:
@@ -137,18 +124,7 @@ def _architecture(table: ModelTable, published: str | None) -> Architecture:
         return torchvision_architecture(attribute, args=table.args, published=published)
     if colon and source and attribute:
         return user_architecture(name, args=table.args)
-    if name in network_names():
-        hint = f"did you mean 'torchvision:{name}'?"
-    elif name.endswith(".py"):
-        hint = f"did you mean '{name}:factory', with the name of a class or function in that file?"
-    else:
-        near = difflib.get_close_matches(name, BUILT_IN, n=3, cutoff=0.6)
-        guess = f"did you mean {' or '.join(repr(item) for item in near)}?"
-        hint = guess if near else f"built in: {', '.join(BUILT_IN)}"
-    raise ModelError(
-        f"model.name: got {name!r}; expected a built-in network, 'torchvision:NAME', 'path/to/file.py:factory' or "
-        f"'package.module:factory'; {hint}"
-    )
+    raise ModelError(unknown_network(name, torchvision=network_names()))
 
 
 def _plain(backbone: nn.Module) -> nn.Module:

@@ -26,17 +26,22 @@ def network_names() -> list[str]:
     return models.list_models(module=models)
 
 
-def torchvision_architecture(name: str, *, args: Mapping[str, Any], published: str | None) -> Architecture:
-    """torchvision's network ``name``, in the form that the weights ``published`` under that name were trained in.
-
-    Raises: ModelError for names that torchvision does not know and arguments that it does not take.
-    """
+def check_name(name: str) -> None:
+    """Raises: ModelError when torchvision has no classifier ``name``."""
     known = network_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         guess = f"did you mean {' or '.join(repr('torchvision:' + item) for item in near)}?"
         hint = guess if near else f"known: {', '.join(known)}"
         raise ModelError(f"model.name: got 'torchvision:{name}'; torchvision has no such classifier; {hint}")
+
+
+def torchvision_architecture(name: str, *, args: Mapping[str, Any], published: str | None) -> Architecture:
+    """torchvision's network ``name``, in the form that the weights ``published`` under that name were trained in.
+
+    Raises: ModelError for names that torchvision does not know and arguments that it does not take.
+    """
+    check_name(name)
     arguments = {**_arguments(name, published), **args}
 
     def make(classes: int | None) -> nn.Module:
@@ -88,6 +93,11 @@ def published_tensors(name: str, weights: str) -> dict[str, Tensor]:
             f"model.weights: {weights!r} of torchvision's {name} could not be fetched from {entry.url}: {e}; "
             "fetch that file by other means and give its path as model.weights"
         ) from e
+
+
+def check_published(name: str, weights: str) -> None:
+    """Raises: ModelError when torchvision's network ``name`` has no published ``weights``."""
+    _published(name, weights)
 
 
 def _published(name: str, weights: str) -> Any:

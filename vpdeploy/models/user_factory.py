@@ -19,6 +19,7 @@ from torch import nn
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.architecture import Architecture
+from vpdeploy.models.names import no_such_file, no_such_module
 
 CLASS_PARAMETERS = ("classes", "num_classes")
 
@@ -85,7 +86,7 @@ def _blamed(what: str) -> Iterator[None]:
 
 def _import_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"model.name: got {name!r}; no such file {path}; expected path/to/file.py:factory")
+        raise ModelError(no_such_file(name, path))
     identity = f"vpdeploy_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(identity, path)
     assert spec is not None and spec.loader is not None, path
@@ -107,11 +108,7 @@ def _import_module(source: str, name: str) -> ModuleType:
         except ModuleNotFoundError as e:
             if e.name is None or not f"{source}.".startswith(f"{e.name}."):
                 raise  # it is there, and something that it imports is not
-            raise ModelError(
-                f"model.name: got {name!r}; no module named {e.name!r} in this environment or the current folder; "
-                "expected 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory': "
-                "install it, or give the file"
-            ) from e
+            raise ModelError(no_such_module(name, e.name)) from e
 
 
 def _factory(module: ModuleType, attribute: str, *, name: str) -> Callable[..., Any]:

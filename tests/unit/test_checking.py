@@ -1,0 +1,233 @@
+"""``vpdeploy check`` tells at once what is wrong in a recipe and what it names that is not here; so does what trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomli_w
+from integration.command_line import QUICKSTART, fresh, here, settings
+
+from vpdeploy.checking import outside_problems
+from vpdeploy.recipe import dump_recipe, load_recipe
+from vpdeploy.stages import read_recipe
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with the quickstart recipe and some of what a recipe may name; the current folder, too."""
+    shutil.copy(QUICKSTART, tmp_path / "r.toml")
+    (tmp_path / "net.py").write_text("")
+    (tmp_path / "trained.pth").write_bytes(b"")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "page.html").write_text("no zip")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a/b.txt", "")
+    with zipfile.ZipFile(tmp_path / "way_out.zip", "w") as archive:
+        archive.writestr("../b.txt", "")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(capsys, *values: str, command: str = "check") -> list[str]:
+    """The problems that the command line tells of the recipe r.toml with ``values``."""
+    done = here(capsys, command, "r.toml", *settings(values))
+    assert (done.status, done.out) == (1, "")
+    first, *lines = done.err.splitlines()
+    assert first == f"error: r.toml: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    assert all(line.startswith("  ") for line in lines)
+    return [line.strip() for line in lines]
+
+
+SETS = (
+    "digits, imagefolder, cifar10, cifar100, flowers102, oxford_pets, dtd, food101, stanford_cars, svhn, gtsrb, eurosat"
+)
+FORMS = "expected a built-in network, 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory'"
+# values -> the one problem, or how it begins ("...")
+CASES = [
+    ("data.name=digitz", f"data.name: got 'digitz'; expected one of {SETS}; did you mean 'digits'?"),
+    ("data.name=x", f"data.name: got 'x'; expected one of {SETS}; choose one of them"),
+    (
+        "model.name=cifar_resnet21",
+        f"model.name: got 'cifar_resnet21'; {FORMS}; did you mean 'cifar_resnet32' or 'cifar_resnet20' or "
+        "'cifar_resnet14'?",
+    ),
+    ("model.name=resnet18", f"model.name: got 'resnet18'; {FORMS}; did you mean 'torchvision:resnet18'?"),
+    (
+        "model.name=net.py",
+        f"model.name: got 'net.py'; {FORMS}; did you mean 'net.py:factory', with the name of a class or function in "
+        "that file?",
+    ),
+    ("model.name=:f", f"model.name: got ':f'; {FORMS}; built in: cifar_resnet8, ..."),
+    (
+        "model.name=torchvision:resnet19",
+        "model.name: got 'torchvision:resnet19'; torchvision has no such classifier; did you mean 'torchvision:resnet...",
+    ),
+    (
+        "model.name=other.py:f",
+        "model.name: got '{}/other.py:f'; no such file {}/other.py; expected path/to/file.py:factory: check the path",
+    ),
+    (
+        "model.name=nett.py:f",
+        "model.name: got '{}/nett.py:f'; no such file {}/nett.py; expected path/to/file.py:factory; "
+        "did you mean 'net.py', in that folder?",
+    ),
+    (
+        "model.name=nowhere.at:all",
+        "model.name: got 'nowhere.at:all'; no module named 'nowhere' in this environment or the current folder; "
+        "expected 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory': install it, or give the "
+        "file",
+    ),
+    (
+        "model.weights=nofile.th",
+        "model.weights: no such file {}/nofile.th; expected a checkpoint (.pt, .pth, .th, .safetensors): check the path",
+    ),
+    (
+        "model.weights=train.pth",
+        "model.weights: no such file {}/train.pth; expected a checkpoint (.pt, .pth, .th, .safetensors); "
+        "did you mean 'trained.pth', in that folder?",
+    ),
+    (
+        "model.name=torchvision:resnet18 model.weights=IMAGENET1K_V9",
+        "model.weights: got 'IMAGENET1K_V9'; torchvision's resnet18 has IMAGENET1K_V1, DEFAULT; use one of these, or ...",
+    ),
+    ("data.root=nope", "data.root: {}/nope does not exist; 'digits' needs no root: remove it"),
+    (
+        "data.name=imagefolder data.root=nope",
+        "data.root: {}/nope does not exist; expected a folder or .zip with train/CLASS/* and test/CLASS/*, or CLASS/*: "
+        "check the path",
+    ),
+    (
+        "data.name=imagefolder data.root=imags.zip",
+        "data.root: {}/imags.zip does not exist; expected a folder or .zip with train/CLASS/* and test/CLASS/*, or "
+        "CLASS/*: check the path; did you mean 'images.zip', in that folder?",
+    ),
+    (
+        "data.name=imagefolder data.root=page.html",
+        "data.root: {}/page.html is not a readable zip (File is not a zip file); expected a folder or a .zip: ...",
+    ),
+    ("data.name=imagefolder data.root=way_out.zip", "{}/way_out.zip: ..."),
+    (
+        "data.name=cifar10",
+        "data.root: missing; torchvision's cifar10 needs the folder that holds it, or into which to download it: set it",
+    ),
+    (
+        "data.name=cifar10 data.root=images",
+        "data.root: {}/images does not hold cifar10; set data.download = true, or put torchvision's "
+        "cifar-10-batches-py there",
+    ),
+    (
+        "data.name=cifar10 data.download=true data.root=page.html",
+        "data.root: {}/page.html is a file; expected the folder into which to download cifar10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CASES, ids=[values for values, _ in CASES])
+def test_what_is_not_here_is_told(place, capsys, values, message):
+    (line,) = told(capsys, *values.split())
+    expected = message.replace("{}", str(place))
+    assert line == expected or (expected.endswith("...") and line.startswith(expected.removesuffix("...")))
+
+
+ALL_AT_ONCE = (
+    "data.name=digitz",
+    "data.root=/nope",
+    "model.name=cifar_resnet21",
+    "model.weights=nofile.th",
+    "input.mean=[123.7, 116.3, 103.5]",
+    "compute.device=bogus",
+    'export.forms=["uint8", "uint8"]',
+    "tune.epoch=3",
+    "prompt.pixels.size=60",
+    "nonsense",
+)
+
+
+@pytest.mark.parametrize("command", ["check", "run", "prune", "inspect"])
+def test_every_problem_is_told_at_once_and_nothing_is_begun(place, capsys, command):
+    before = sorted(place.rglob("*"))
+    lines = told(capsys, *ALL_AT_ONCE, command=command)
+    assert sorted(line.split(":")[0] for line in lines) == sorted(
+        ["--set nonsense", *(value.partition("=")[0] for value in ALL_AT_ONCE[:-1])]
+    )
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("model.name=net.py:anything", "model.weights=trained.pth"),
+        ("model.name=json.decoder:JSONDecoder",),
+        ("model.name=net:anything",),  # a module of the current folder
+        ("model.name=__main__:anything",),
+        ("model.name=torchvision:resnet18", "model.weights=ResNet18_Weights.IMAGENET1K_V1"),
+        ("data.name=imagefolder", "data.root=images"),
+        ("data.name=imagefolder", "data.root=images.zip"),
+        ("data.root=images",),
+        ("data.name=svhn", "data.root=not_yet", "data.download=true"),
+        ("data.name=svhn", "data.root=held"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_here_is_fine(place, capsys, values):
+    (place / "held").mkdir()
+    (place / "held" / "train_32x32.mat").write_bytes(b"")
+    done = here(capsys, "check", "r.toml", *settings(values))
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("r.toml: fine; ")
+
+
+def test_the_placeholder_of_a_missing_name_is_not_told(tmp_path, capsys, monkeypatch):
+    (tmp_path / "r.toml").write_text(tomli_w.dumps({"model": {}, "budget": {"macs_ratio": 0.5}}))
+    monkeypatch.chdir(tmp_path)
+    assert [line.split(";")[0] for line in told(capsys)] == ["model.name: missing", "data: missing"]
+
+
+def test_a_wrong_network_does_not_hide_its_weights_and_its_own_weights_are_not_blamed(place, capsys):
+    (line,) = told(capsys, "model.name=torchvision:resnet19", "model.weights=DEFAULT")
+    assert line.startswith("model.name: ")
+    lines = told(capsys, "model.name=torchvision:resnet19", "model.weights=no.pth")
+    assert [line.split(":")[0] for line in lines] == ["model.name", "model.weights"]
+
+
+def test_a_run_folder_is_read_though_its_files_are_gone(place):
+    (place / "run").mkdir()
+    recipe = load_recipe(
+        place / "r.toml",
+        ["model.weights=trained.pth", "model.name=net.py:f", "data.name=imagefolder", "data.root=images"],
+    )
+    (place / "run" / "recipe.toml").write_text(dump_recipe(recipe))
+    for name in ("trained.pth", "net.py", "images"):
+        (place / name).rename(place / f"moved_{name}")
+    assert read_recipe(place / "run") == recipe
+    assert [text.split(":")[0] for _, text in outside_problems(recipe)] == ["model.name", "model.weights", "data.root"]
+
+
+IMPORTS = """
+import json, sys
+from vpdeploy import cli
+sys.argv = ["vpdeploy", *json.loads(sys.argv[1])]
+try:
+    cli.main()
+except SystemExit as e:
+    print(e.code)
+print(sorted({"torch", "torchvision", "sklearn"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "heavy"),
+    [
+        (("model.name=net.py:f", "data.name=imagefolder", "data.root=images.zip", "model.weights=trained.pth"), False),
+        (("model.name=cifar_resnet21", "data.name=digitz"), False),
+        (("data.name=cifar10",), False),
+        (("model.name=torchvision:resnet18",), True),
+    ],
+)
+def test_only_torchvisions_names_need_torch(place, values, heavy):
+    done = fresh(json.dumps(["check", str(place / "r.toml"), *settings(values)]), code=IMPORTS)
+    assert done.out.splitlines()[-1] == ("['torch', 'torchvision']" if heavy else "[]"), done.err

@@ -1,0 +1,130 @@
+"""What a recipe needs of this machine: names that are known here, files that exist. torch is imported only where
+torchvision must be asked for a name.
+
+The layers that open these things check again, for whoever calls them without a command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from vpdeploy.data.archives import list_zip
+from vpdeploy.data.folders import no_such_root
+from vpdeploy.data.sources import KNOWN, unknown_set
+from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
+from vpdeploy.errors import DataError, ModelError
+from vpdeploy.models.names import CIFAR_RESNETS, no_such_file, no_such_module, unknown_network
+from vpdeploy.recipe import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Problem, Recipe
+
+
+def outside_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What a recipe names that is not here. Paths are absolute. Nothing is built, listed or decoded; a zip's table of
+    contents is read.
+    """
+    for text in _network(recipe.model.name):
+        yield ("model.name",), text
+    for text in _weights(recipe.model):
+        yield ("model.weights", "model.name"), text
+    if recipe.data.name not in KNOWN:
+        yield ("data.name",), unknown_set(recipe.data.name)
+    for text in _root(recipe.data):
+        yield ("data.root", "data.name"), text
+
+
+def _network(name: str) -> Iterator[str]:
+    source, _, factory = name.rpartition(":")
+    if name in CIFAR_RESNETS:
+        return
+    if source == "torchvision":
+        from vpdeploy.models.torchvision_networks import check_name
+
+        try:
+            check_name(factory)
+        except ModelError as e:
+            yield str(e)
+    elif not source or not factory:
+        yield unknown_network(name, torchvision=_torchvision_names(name))
+    elif source.endswith(".py"):
+        if not Path(source).is_file():
+            yield no_such_file(name, Path(source)) + (_near(Path(source)) or ": check the path")
+    elif not _is_importable(source.partition(".")[0]):
+        yield no_such_module(name, source.partition(".")[0])
+
+
+def _torchvision_names(name: str) -> list[str]:
+    """Asked only for a wrong name that might be one of them: torch takes seconds to import."""
+    if name.startswith("cifar") or ":" in name or name.endswith(".py"):
+        return []
+    from vpdeploy.models.torchvision_networks import network_names
+
+    return network_names()
+
+
+def _is_importable(package: str) -> bool:
+    """Whether there is such a top-level package, here or in the current folder. Nothing of it runs."""
+    try:
+        return (importlib.util.find_spec(package) or PathFinder.find_spec(package, [os.getcwd()])) is not None
+    except ValueError:  # a module without a spec, such as __main__: it is there
+        return True
+
+
+def _weights(model: ModelTable) -> Iterator[str]:
+    if model.weights is None:
+        return
+    if model.weights.endswith(CHECKPOINT_SUFFIXES):
+        path = Path(model.weights)
+        if not path.is_file():
+            what = f"{path} is a folder" if path.is_dir() else f"no such file {path}"
+            yield f"model.weights: {what}; expected a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)})" + (
+                _near(path) or ": check the path"
+            )
+    elif model.name.startswith("torchvision:"):
+        from vpdeploy.models.torchvision_networks import check_published, network_names
+
+        name = model.name.partition(":")[2]
+        try:
+            if name in network_names():  # otherwise the name is the problem
+                check_published(name, model.weights)
+        except ModelError as e:
+            yield str(e)
+
+
+def _root(table: DataTable) -> Iterator[str]:
+    if table.name in SETS:
+        yield from _root_of_set(table)
+    elif table.root is None:  # of an image folder: the recipe's own check says so
+        return
+    elif not Path(table.root).exists():
+        needless = f"data.root: {table.root} does not exist; {table.name!r} needs no root: remove it"
+        yield needless if table.name == "digits" else no_such_root(Path(table.root)) + _near(Path(table.root))
+    elif table.name == "imagefolder" and not Path(table.root).is_dir():
+        try:
+            list_zip(Path(table.root))
+        except DataError as e:
+            yield str(e)
+
+
+def _root_of_set(table: DataTable) -> Iterator[str]:
+    spec = SETS[table.name]
+    if table.root is None:
+        yield no_root(table.name)
+    elif table.download:
+        if Path(table.root).is_file():
+            yield f"data.root: {table.root} is a file; expected the folder into which to download {table.name}"
+    elif not any((Path(table.root) / name).exists() for name in spec.files):
+        yield f"data.root: {table.root} does not hold {table.name}; {where_to_get(spec)}"
+
+
+def _near(path: Path) -> str:
+    """A hint at a name beside ``path`` that is nearly its own; empty when there is none."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(path.parent)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}, in that folder?" if near and near[0] != path.name else ""
