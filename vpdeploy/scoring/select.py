@@ -52,7 +52,6 @@ def allowed_widths(width: int, *, round_to: int, max_removal: float) -> list[int
     quarter of their width, so that narrow groups keep a choice. Never 0, and never less than ``max_removal`` leaves.
     """
     step = round_to if width >= 4 * round_to else 2 ** max(0, int(math.log2(max(1, width // 4))))
-    step = min(step, round_to)
     least = max(1, math.ceil(width * (1 - max_removal) - 1e-9))
     return [w for w in range(step, width, step) if w >= least] + [width]
 
