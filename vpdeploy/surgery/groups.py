@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def find_groups(backbone: nn.Module, example: Tensor) -> ChannelGroups:
         ) from e
     groups = [_as_group(graph, twin, items, place) for items in found]
     groups.sort(key=lambda group: place[group.root])
-    return ChannelGroups(tuple(_exclude_overlaps(groups)))
+    return ChannelGroups(tuple(_exclude_overlaps(_exclude_tied(groups, twin))))
 
 
 def _as_group(
@@ -85,7 +85,7 @@ def _merge(members: Sequence[Member]) -> Iterator[Member]:
         yield Member(module, side, tuple(sorted(pairs)), tuple(pairs[i] for i in sorted(pairs)))
 
 
-def _exclude_overlaps(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
+def _exclude_overlaps(groups: Iterable[ChannelGroup]) -> Iterator[ChannelGroup]:
     """An index that two groups claim cannot be removed by either alone: the later one is excluded."""
     owner: dict[tuple[str, Side, int], str] = {}
     for group in groups:
@@ -96,6 +96,34 @@ def _exclude_overlaps(groups: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
         for claim in claims:
             owner.setdefault(claim, group.root)
         yield group
+
+
+def _exclude_tied(groups: Sequence[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
+    """A tensor that two modules share would have to be cut for both at once, and torch-pruning cuts for one."""
+    tied = _tied_tensors(twin)
+    for group in groups:
+        names = (name for member in group.members for name, _ in tensor_axes(twin, member)) if tied else ()
+        reason = next((tied[name] for name in names if name in tied), None)
+        if reason is not None and group.status != "excluded":
+            group = replace(group, status="excluded", reason=reason)
+        yield group
+
+
+def _tied_tensors(network: nn.Module) -> dict[str, str]:
+    """Every tensor of two or more modules, under each of its names -> what shares it. A module used twice is one module."""
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for path, module in network.named_modules():
+        own = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        own += [*module.named_buffers(recurse=False, remove_duplicate=False)]  # type: ignore[arg-type]
+        for leaf, tensor in own:
+            owners.setdefault(id(tensor), []).append((path, leaf))
+    tied: dict[str, str] = {}
+    for (path, leaf), *others in owners.values():
+        for other, other_leaf in others:
+            reason = f"{other or 'the network'} shares its {other_leaf} with {path or 'the network'}"
+            tied.setdefault(f"{path}.{leaf}".lstrip("."), reason)
+            tied[f"{other}.{other_leaf}".lstrip(".")] = reason
+    return tied
 
 
 def tensor_axes(backbone: nn.Module, member: Member) -> tuple[tuple[str, int], ...]:

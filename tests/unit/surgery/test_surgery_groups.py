@@ -198,3 +198,24 @@ def test_the_example_is_the_same_every_time():
         example_input(4).shape == (2, 3, 4, 4) and example_input(4, batch=1, dtype=torch.float64).dtype == torch.float64
     )
     assert torch.equal(example_input(4), example_input(4))
+
+
+class Tied(nn.Module):
+    def __init__(self, leaf: str):
+        super().__init__()
+        self.stem, self.free = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+        self.c1, self.c2 = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.alias, self.last = self.free, Head(12)  # one module under two names shares nothing
+        setattr(self.c2, leaf, getattr(self.c1, leaf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([F.relu(self.c2(F.relu(self.c1(F.relu(self.stem(x)))))), F.relu(self.alias(x))], 1))
+
+
+@pytest.mark.parametrize(("leaf", "barred"), [("weight", {"stem", "c1", "c2"}), ("bias", {"c1", "c2"})])
+def test_layers_that_share_a_tensor_are_excluded_by_name(leaf, barred):
+    groups = {group.root: group for group in find_groups(Tied(leaf), example_input(SIDE)).groups}
+    assert groups.keys() == {"stem", "free", "c1", "c2", "last.linear"}
+    for root in ("stem", "free", "c1", "c2"):
+        reason = f"c2 shares its {leaf} with c1" if root in barred else ""
+        assert (groups[root].status, groups[root].reason) == ("excluded" if reason else "exact", reason), root
