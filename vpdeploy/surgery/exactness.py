@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
-from vpdeploy.surgery.groups import example_input
+from vpdeploy.surgery.groups import example_input, offsets
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMask, GroupRecord, Selection
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
-CONTROL = 1e-3  # gating must change the logits by this much, relative, or the probe saw nothing
+CONTROL = 1e-3  # gating all groups must change the logits by this much, relative, or the probe saw nothing
+ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
 Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """What every probe shares: a redrawn float64 network, an input for it, its output, and the network as it came."""
+    """What probes share: the network as it came, a redrawn float64 one, a small input, its output, a large input."""
 
     backbone: nn.Module
     redrawn: nn.Module
     x: Tensor
     full: Tensor
+    large: Tensor | None = None
 
 
 def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> ChannelGroups:
@@ -39,64 +41,119 @@ def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> Ch
     On a float64 copy in eval mode with every parameter and statistic redrawn (a last BatchNorm scale of 0 would pass
     anything), at the smallest input that the network takes: half of every group is gated, the same half removed; the
     logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards for each of
-    HALVES, bisected on disagreement; a group that alone disagrees is excluded with the difference.
+    HALVES, for the last of them also at ``canvas_size``, where a network may take another path; bisected on disagreement.
+    A group that alone disagrees is excluded with the difference; ``difference`` of the others is that of all together.
+
+    Each group gated alone must change the logits too, or it is excluded as not probed: the others would hide it. By
+    ALIVE only: behind a squeeze or deep in a residual stream one group of many honestly changes them by less than CONTROL.
 
     Raises: SurgeryError when no input up to ``canvas_size`` runs.
     """
     bench = _bench(backbone, canvas_size)
+    both = bench
+    if bench.x.shape[-1] < canvas_size:  # one image: forwards in float64 are slow at this size
+        both = replace(bench, large=example_input(canvas_size, batch=1, dtype=torch.float64))
+    probes = [*((bench, half) for half in HALVES[:-1]), (both, HALVES[-1])]
     candidates = [group for group in groups.groups if group.status != "excluded"]
-    verdicts = {group.root: group for group in candidates}
-    for half in HALVES:
+    verdicts = {group.root: group for group in _exclude_dead(bench, candidates)}
+    for place, half in probes:
         standing = [group for group in verdicts.values() if group.status != "excluded"]
-        verdicts |= {group.root: group for group in _judge(bench, standing, half)}
-    accepted = [group for group in verdicts.values() if group.status == "exact"]
-    if len(accepted) < len(candidates):
-        for together in [_verdict(bench, accepted, half) for half in HALVES if accepted]:
-            if together.status != "exact":  # exact alone, not together: nothing can be promised
-                reason = f"together with others {together.reason}"
-                verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
+        control = CONTROL if len(standing) == len(candidates) else ALIVE  # what is left may change little
+        verdicts |= {group.root: group for group in _judge(place, standing, half, control=control)}
+    accepted = [group for group in verdicts.values() if group.status != "excluded"]
+    if accepted and len(accepted) < len(candidates):
+        for place, half in probes:
+            together = _verdict(place, accepted, half, control=ALIVE)
+            if together.status != "exact":
+                verdicts |= {group.root: group for group in _not_together(accepted, together.reason)}
     return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
-def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half) -> list[ChannelGroup]:
+def _not_together(groups: Sequence[ChannelGroup], reason: str) -> list[ChannelGroup]:
+    """Exact alone, not together: nothing can be promised."""
+    return [replace(group, status="excluded", reason=f"together with others {reason}") for group in groups]
+
+
+def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """``groups``, those excluded whose gates alone change nothing.
+
+    One backward pass gives the logits' slope along every gate. Only a group without any (it is dead, or no gradient
+    passes there) costs a forward of its own, with the whole group gated.
+    """
+    judged = list(groups)
+    slopes = _slopes(bench, groups)
+    for number, group in enumerate(groups):
+        if float(slopes[offsets(groups)[group.root]].max()) >= ALIVE:
+            continue
+        try:
+            with torch.no_grad():
+                gated = Gated(copy.deepcopy(bench.redrawn), [group])
+                change = relative_difference(bench.full, gated(bench.x, bench.x.new_zeros(group.width)))
+        except Exception:  # it cannot be gated, and the joint probe says why
+            continue
+        if change < ALIVE:
+            reason = f"not probed: masking it alone changes the logits by only {change:.2g}"
+            judged[number] = replace(group, status="excluded", reason=reason)
+    return judged
+
+
+def _slopes(bench: _Bench, groups: Sequence[ChannelGroup]) -> Tensor:
+    """How fast a mixture of the logits changes along each gate, relative: [channels]; 0 where that cannot be told."""
+    gates = torch.ones(sum(group.width for group in groups), dtype=torch.float64, requires_grad=True)
+    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        with torch.enable_grad():
+            gated = Gated(copy.deepcopy(bench.redrawn).requires_grad_(False), groups)
+            (slopes,) = torch.autograd.grad((gated(bench.x, gates) * mixture).sum(), [gates])
+    except Exception:  # a group that cannot be gated, no gradient, tensors changed in place: forwards decide
+        return torch.zeros_like(gates)
+    return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
+
+
+def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> list[ChannelGroup]:
     if not groups:
         return []
-    verdict = _verdict(bench, groups, half)
+    verdict = _verdict(bench, groups, half, control=control)
     if verdict.status == "exact" or len(groups) == 1:
         return [
             replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
             for group in groups
         ]
     middle = len(groups) // 2
-    return _judge(bench, groups[:middle], half) + _judge(bench, groups[middle:], half)
+    parts = [group for part in (groups[:middle], groups[middle:]) for group in _judge(bench, part, half, control=ALIVE)]
+    return parts if any(group.status == "excluded" for group in parts) else _not_together(parts, verdict.reason)
 
 
-def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half) -> ChannelGroup:
-    """One verdict for all ``groups`` together, on the first of them."""
+def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:
+    """One verdict for all ``groups`` together, on the first of them. ``control``: how much gating them must change."""
     narrow = next((group for group in groups if group.width < 2), None)
     if narrow is not None:
         return replace(groups[0], status="excluded", reason="it is one channel wide")
     mask = half(groups)
     row = mask_row(groups, mask, dtype=torch.float64)
     try:
+        gated = Gated(copy.deepcopy(bench.redrawn), groups)
+        small = cut(bench.redrawn, plan(bench.backbone, groups, mask, example=bench.x.float()))
         with torch.no_grad():
-            masked = Gated(copy.deepcopy(bench.redrawn), groups)(bench.x, row)
-            small = cut(bench.redrawn, plan(bench.backbone, groups, mask, example=bench.x.float()))
-            removed = small(bench.x)
+            masked = gated(bench.x, row)
+            difference, where = relative_difference(masked, small(bench.x)), ""
+            if difference <= EXACT and bench.large is not None:
+                difference = max(difference, relative_difference(gated(bench.large, row), small(bench.large)))
+                where = f" at {bench.large.shape[-1]} pixels"
     except Exception as e:  # torch-pruning, or a forward that does not take the new widths
         reason = (
             f"removing its channels fails: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
         )
         return replace(groups[0], status="excluded", reason=reason)
-    difference, control = relative_difference(masked, removed), relative_difference(bench.full, masked)
     if difference == float("inf"):  # no difference to tell, and none that JSON could hold
         reason = "not probed: the logits with random weights are not finite, or change their shape"
         return replace(groups[0], status="excluded", reason=reason)
     if not difference <= EXACT:
-        reason = f"masked and removed differ by {difference:.2g} of the largest logit"
+        reason = f"masked and removed differ by {difference:.2g} of the largest logit{where}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
-    if not control >= CONTROL:
-        reason = f"not probed: masking it changes the logits by only {control:.2g}"
+    change = relative_difference(bench.full, masked)
+    if not change >= control:
+        reason = f"not probed: masking it changes the logits by only {change:.2g}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
     return replace(groups[0], status="exact", reason="", difference=difference)
 
@@ -150,7 +207,10 @@ def _bench(backbone: nn.Module, canvas_size: int) -> _Bench:
 
 
 def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it."""
+    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it.
+
+    A buffer without negative values keeps none: under any name it may be a variance, whose root is taken.
+    """
     generator = torch.Generator().manual_seed(seed)
     for tensor in network.parameters():
         fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
@@ -161,7 +221,8 @@ def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
     for name, tensor in network.named_buffers():
         if tensor.is_floating_point():
             drawn = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-            tensor.data = drawn + 0.5 if name.endswith("running_var") else drawn - 0.5
+            positive = name.endswith("running_var") or bool((tensor >= 0).all() and (tensor > 0).any())
+            tensor.data = drawn + 0.5 if positive else drawn - 0.5
     return network
 
 

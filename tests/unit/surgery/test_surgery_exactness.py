@@ -65,8 +65,8 @@ def test_a_group_excluded_before_the_probe_keeps_its_reason():
     assert before.status == "excluded" and probed(network)[before.root] == before
 
 
-def test_the_smallest_input_that_the_network_takes_is_used():
-    sides: list[int] = []
+def test_the_smallest_input_that_the_network_takes_is_used_and_the_canvas_once_as_one_image():
+    shapes: list[tuple[int, int]] = []
 
     class Sized(nn.Module):
         def __init__(self):
@@ -74,14 +74,15 @@ def test_the_smallest_input_that_the_network_takes_is_used():
             self.conv, self.head = nn.Conv2d(3, 4, 15), Head(4)
 
         def forward(self, x: Tensor) -> Tensor:
-            sides.append(x.shape[-1])
+            shapes.append((len(x), x.shape[-1]))
             return self.head(F.relu(self.conv(x)))
 
     network = Sized()
     found = find_groups(network, example_input(64))
-    sides.clear()
+    shapes.clear()
     assert probe(network, found, canvas_size=64).groups[0].status == "exact"
-    assert max(sides) == 16 and 8 in sides
+    assert {side for _, side in shapes} == {8, 16, 64}
+    assert [shape for shape in shapes if shape[1] == 64] == [(1, 64)] * 2  # masked and removed
 
 
 def test_redrawing_reaches_every_parameter_and_statistic_and_nothing_else():
@@ -97,6 +98,92 @@ def test_redrawing_reaches_every_parameter_and_statistic_and_nothing_else():
         else:
             assert torch.equal(tensor, before[name]), name
     assert bool((network[1].running_var > 0).all())  # type: ignore[index, operator]
+
+
+def test_a_variance_stays_one_under_any_name():
+    network = nn.Module()
+    network.register_buffer("spread", torch.tensor([0.0, 2.0, 0.3]))
+    network.register_buffer("middle", torch.tensor([-1.0, 2.0, 0.3]))
+    network.register_buffer("zeros", torch.zeros(64))
+    redraw(network)
+    assert bool((network.spread > 0).all())  # type: ignore[operator]
+    assert bool((network.zeros < 0).any()) and bool((network.zeros > 0).any())  # type: ignore[operator]
+
+
+class OwnNorm(nn.Module):
+    """A norm over buffers of its own names, before an innocent group."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), Head(6)
+        self.register_buffer("middle", torch.zeros(8))
+        self.register_buffer("spread", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.first(x), self.middle, self.spread)  # type: ignore[arg-type]
+        return self.head(F.relu(self.second(F.relu(x))))
+
+
+def test_a_norm_over_buffers_of_its_own_does_not_condemn_a_later_group():
+    groups = probed(OwnNorm())
+    assert groups["first"].status == "excluded" and "running_mean" in groups["first"].reason
+    assert groups["second"].status == "exact"
+
+
+class SizeDependent(nn.Module):
+    """Above 8 pixels the channels are flipped between the first two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = conv_norm(3, 8), conv_norm(8, 6), Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = x.shape[-1] > 8
+        x = F.relu(self.first(x))
+        return self.head(F.relu(self.second(x.flip(1) if large else x)))
+
+
+def test_a_group_that_is_exact_at_the_smallest_size_only_is_excluded():
+    small, large = probed(SizeDependent(), canvas_size=8), probed(SizeDependent(), canvas_size=12)
+    assert small["first.0"].status == "exact"
+    assert large["first.0"].status == "excluded"
+    assert large["first.0"].reason.startswith("masked and removed differ by ")
+    assert large["first.0"].reason.endswith(" of the largest logit at 12 pixels")
+    assert large["second.0"].status == "exact"
+
+
+class Scaled(nn.Module):
+    """Two branches added to a stream, times ``scale``; where ``broken``, the stem's group is inexact."""
+
+    def __init__(self, scale: float, *, broken: bool = False, in_place: bool = False):
+        super().__init__()
+        self.scale, self.in_place = scale, in_place
+        self.stem, self.norm = nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8) if broken else nn.ReLU()
+        self.a, self.b, self.back_a, self.back_b = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        self.head = Head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        branch = self.back_a(F.silu(self.a(x))) + self.back_b(F.silu(self.b(x)))
+        if self.in_place:  # after the branches read it: no gradient can be taken
+            return self.head(x.add_(self.scale * branch))
+        return self.head(x + self.scale * branch)
+
+
+def test_a_group_that_changes_nothing_does_not_pass_among_others_that_do():
+    groups = probed(Scaled(0.0))
+    assert {root: group.status for root, group in groups.items() if root in ("stem", "a", "b")} == {
+        "stem": "exact", "a": "excluded", "b": "excluded"
+    }  # fmt: skip
+    assert groups["a"].reason == "not probed: masking it alone changes the logits by only 0"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_groups_of_little_effect_are_kept_beside_a_broken_one_and_without_a_gradient(broken, in_place):
+    groups = probed(Scaled(1e-5, broken=broken, in_place=in_place))
+    assert groups["stem"].status == ("excluded" if broken else "exact")
+    assert (groups["a"].status, groups["b"].status) == ("exact", "exact")
 
 
 # --- the certificate ------------------------------------------------------------------------------------------------
