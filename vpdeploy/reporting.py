@@ -18,7 +18,7 @@ from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
-from vpdeploy.stages import Ledger, arm_file, measurement_file, read_recipe, skipped_file
+from vpdeploy.stages import Ledger, Stage, arm_file, measurement_file, read_recipe, skipped_file
 from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
 
 
@@ -28,7 +28,7 @@ def write_report(run: Path) -> Report:
     Raises: RunFolderError when the run has not been measured yet.
     """
     recipe = read_recipe(run)
-    if not Ledger(run / "stages.json", {}).is_measured(recipe):
+    if not Ledger(run / "stages.json", {}).is_done(Stage("bench"), recipe):
         raise RunFolderError(
             f"{run}: the arms that stand there now are not measured yet; run `vpdeploy export {run}` and "
             f"`vpdeploy bench {run}` first"

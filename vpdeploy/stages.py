@@ -71,7 +71,8 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 class Ledger:
     """Which stages of a run were begun and finished, and with what, in ``path`` (stages.json).
 
-    ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}.
+    ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}. One that is not given, because the file is
+    gone or nobody looked, is taken to be as it was.
     """
 
     path: Path
@@ -84,12 +85,6 @@ class Ledger:
     def is_done(self, stage: Stage, recipe: Recipe) -> bool:
         entry = self._entries().get(stage.name)
         return entry is not None and entry["finished"] and entry["reads"] == self._reads(stage, recipe)
-
-    def is_measured(self, recipe: Recipe) -> bool:
-        """Whether the last bench was finished, and of what ``recipe`` says; the contents of files are not looked at."""
-        entry, reads = self._entries().get("bench"), values_read(Stage("bench"), recipe)
-        before = {} if entry is None else {k: v for k, v in entry["reads"].items() if not k.startswith("contents")}
-        return entry is not None and entry["finished"] and before == json.loads(json.dumps(reads))
 
     def begin(self, stage: Stage, recipe: Recipe) -> None:
         self._write({**self._entries(), stage.name: {"finished": False, "reads": self._reads(stage, recipe)}})
@@ -132,8 +127,10 @@ class Ledger:
                 )
 
     def _reads(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
+        entry = self._entries().get(stage.name, {"reads": {}})
+        before = {key: value for key, value in entry["reads"].items() if key.startswith("contents")}
         inputs = {f"contents of {name}": value for name, value in self.inputs.items()}
-        return json.loads(json.dumps({**values_read(stage, recipe), **inputs}))  # as it comes back from disk
+        return json.loads(json.dumps({**values_read(stage, recipe), **before, **inputs}))  # as it comes back from disk
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():

@@ -151,19 +151,13 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
 
 
 def _fingerprints(recipe: Recipe, source: DataSource) -> dict[str, str]:
-    """What identifies the files that a recipe names."""
-    found = {"data": source.fingerprint}
-    if recipe.model.weights and recipe.model.weights.endswith(CHECKPOINT_SUFFIXES):
-        found["model.weights"] = _sha256(Path(recipe.model.weights))
-    file, _, _ = recipe.model.name.rpartition(":")
-    if file.endswith(".py"):
-        found["model.name"] = _sha256(Path(file))
-    return found
+    """What identifies the files that a recipe names; none for a file that is gone: whoever still needs it says so."""
+    named = {"model.weights": recipe.model.weights or "", "model.name": recipe.model.name.rpartition(":")[0]}
+    files = {key: Path(name) for key, name in named.items() if name.endswith((*CHECKPOINT_SUFFIXES, ".py"))}
+    return {"data": source.fingerprint, **{key: _sha256(path) for key, path in files.items() if path.is_file()}}
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return "missing"  # whoever reads it says so
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

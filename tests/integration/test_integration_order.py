@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from integration.stand_ins import write_images
+from safetensors.torch import save_file
 from torch import nn
 
-from vpdeploy import pipeline
+from vpdeploy import pipeline, run_folder
 from vpdeploy.errors import DataError, RunFolderError, SurgeryError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe, parse_recipe
+from vpdeploy.recipe import Recipe, parse_recipe, with_values
 from vpdeploy.report.compare import check_consistency
 
 QUIET = Display(quiet=True)
@@ -108,6 +109,18 @@ def test_a_report_follows_the_budget_that_was_cut_last(images, finished, tmp_pat
     certificate, arms = made.certificates["pruned"], made.arms
     assert arms["pruned"].macs / arms["dense"].macs == pytest.approx(certificate.reached, rel=1e-12)
     assert certificate.reached <= 0.4
+
+
+def test_a_run_goes_on_without_the_checkpoint_that_it_began_with(images, finished, tmp_path):
+    recipe, run, weights = recipe_for(images), tmp_path / "run", tmp_path / "weights.safetensors"
+    state, _, _ = run_folder.read_network(finished / "dense.safetensors")
+    save_file(state, weights)
+    recipe = with_values(recipe, {"model.weights": str(weights), "fit.what": "none"})
+    pipeline.prune(recipe, run, command="a test", display=QUIET)
+    weights.unlink()
+    pipeline.export(run, display=QUIET)
+    pipeline.bench(run, display=QUIET)
+    assert pipeline.report(run).arms["pruned"].n == len(CLASSES) * TEST_EACH
 
 
 @pytest.mark.parametrize("command", [pipeline.export, pipeline.bench])

@@ -204,14 +204,16 @@ def test_the_recipe_of_a_run(tmp_path):
             read_recipe(tmp_path)
 
 
-def test_a_bench_counts_as_long_as_nothing_before_it_has_changed(ledger):
-    blind = Ledger(ledger.path, {})  # the report knows no file contents
-    assert blind.is_measured(recipe())
-    assert not blind.is_measured(recipe(export__opset=20))
+def test_files_that_nobody_looked_at_are_taken_to_be_as_they_were(ledger):
+    blind = Ledger(ledger.path, {})  # the report's, and that of a run whose checkpoint has moved
+    assert all(blind.is_done(stage, recipe()) for stage in stages_of(recipe()))
+    assert blind.key(Stage("fit"), recipe()) == ledger.key(Stage("fit"), recipe())
+    blind.refuse_retraining(recipe(), run=Path("run"), redo=None)
+    assert not blind.is_done(Stage("bench"), recipe(export__opset=20))
     ledger.forget("tune")
-    assert not blind.is_measured(recipe())
+    assert not blind.is_done(Stage("bench"), recipe())
 
 
 def test_a_bench_that_was_cut_off_does_not_count(ledger):
     ledger.begin(Stage("bench"), recipe())
-    assert not Ledger(ledger.path, {}).is_measured(recipe())
+    assert not Ledger(ledger.path, {}).is_done(Stage("bench"), recipe())
