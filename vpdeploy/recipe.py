@@ -186,8 +186,8 @@ class SearchTable(Table):
     batch_size: Count = Field(default=128, description="images per step")
     score_lr: Positive = Field(default=0.05, description="Adam, cosine decay")
     prompt_lr: Positive = Field(default=1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
-    score_init: Literal["scaled", "random"] = Field(
-        default="scaled", description="scaled: from the group's own weight norms; random: uniform in [0, 1)"
+    score_init: Literal["scaled", "taylor", "random"] = Field(
+        default="scaled", description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)"
     )
     unprompted_step: bool = Field(
         default=False,

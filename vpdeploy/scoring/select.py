@@ -101,6 +101,13 @@ def build_selector(
     return replace(selector, limit=ratio * dense * (1 + 1e-12))
 
 
+def prices(selector: Selector) -> Array:
+    """What the last channel of each group adds to what the budget counts: [groups], above 0."""
+    dense = selector.cost.dense_widths
+    without = dense - np.eye(len(dense))
+    return np.array([selector.evaluate(dense) - selector.evaluate(widths) for widths in without])
+
+
 def _widths(selector: Selector, taken: Bools) -> Array:
     return np.bincount(
         selector.block_group[taken], weights=selector.block_width[taken], minlength=len(selector.roots)

@@ -52,7 +52,7 @@ class Gated(nn.Module):
         self.backbone = backbone
         self._values: Tensor | None = None
         rows = offsets(groups)
-        total = sum(group.width for group in groups)
+        self.channels = total = sum(group.width for group in groups)
         places: dict[str, Tensor] = {}
         for group in groups:
             for member in group.members:

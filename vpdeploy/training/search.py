@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpdeploy.data.prepared import Images
+from vpdeploy.data.prepared import Images, batches
 from vpdeploy.progress import Display
 from vpdeploy.recipe import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.criteria.magnitude import magnitude
+from vpdeploy.scoring.criteria.taylor import taylor
 from vpdeploy.scoring.select import Selector, select_row
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import offsets
@@ -36,6 +37,8 @@ from vpdeploy.training.network import (
 from vpdeploy.training.streams import seeded, stream
 from vpdeploy.training.weights import EpochDone, finite, images_per_epoch, note_epoch, training_batches
 from vpdeploy.values import ChannelGroup, Dense, Found
+
+TAYLOR_IMAGES, TAYLOR_BATCH = 2000, 10  # squares of means over many images would cancel what single images feel
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def search(
     learner = _learner(task, recipe, compute)
     network, head = learner.network, recipe.model.head
     start = _resume(learner, journal)
+    if start == 0:
+        learner.scores.data.copy_(_initial_scores(learner, task, data.train, recipe=recipe))
     if start == 0 and head in ("flm", "ilm"):
         network.map_labels(map_by_frequency(network, data, learner.gates()))
     for epoch in range(start, recipe.search.epochs):
@@ -104,7 +109,8 @@ def _learner(task: SearchTask, recipe: Recipe, compute: Compute) -> _Learner:
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
     canvas = build_canvas(recipe, prompted=task.prompted)
     network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
-    scores = _initial_scores(task, recipe).to(compute.device).requires_grad_(True)
+    total = sum(group.width for group in task.groups)
+    scores = torch.zeros(total, device=compute.device, requires_grad=True)
     prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
     optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
     return _Learner(network, scores, optimizer, task.selector)
@@ -151,13 +157,27 @@ def hard_mask(selector: Selector, scores: Tensor) -> Tensor:
     return torch.from_numpy(select_row(selector, row)).to(scores.device)
 
 
-def _initial_scores(task: SearchTask, recipe: Recipe) -> Tensor:
+def _initial_scores(learner: _Learner, task: SearchTask, images: Images, *, recipe: Recipe) -> Tensor:
     """[channels of all groups], float32, in the order of the groups."""
     if recipe.search.score_init == "random":
-        total = sum(group.width for group in task.groups)
-        return torch.rand(total, generator=stream(recipe.seed, "search", 0, "scores"))
-    by_root = magnitude(task.dense.backbone, task.groups)
+        return torch.rand(len(learner.scores), generator=stream(recipe.seed, "search", 0, "scores"))
+    if recipe.search.score_init == "taylor":
+        order = torch.randperm(len(images), generator=stream(recipe.seed, "search", 0, "taylor"))[:TAYLOR_IMAGES]
+        by_root = taylor(_gate_gradients(learner.network, images, order), task.groups, selector=task.selector)
+    else:
+        by_root = magnitude(task.dense.backbone, task.groups)
     return torch.cat([by_root[group.root] for group in task.groups])
+
+
+def _gate_gradients(network: Prompted, images: Images, order: Tensor) -> Iterator[Tensor]:
+    """Of the loss of each few images under open gates, in evaluation: [channels of all groups] each."""
+    assert isinstance(network.backbone, Gated)
+    device = network.compute.device
+    gates = torch.ones(network.backbone.channels, device=device, requires_grad=True)
+    network.eval()
+    for pixels, labels in batches(images, order, TAYLOR_BATCH):
+        loss = F.cross_entropy(network(to_pixels(pixels, device), gates), labels.to(device))
+        yield torch.autograd.grad(loss, gates)[0]
 
 
 def _state(learner: _Learner, epoch: int) -> dict[str, object]:
