@@ -92,10 +92,18 @@ class Ledger:
     def finish(self, stage: Stage, recipe: Recipe) -> None:
         self._write({**self._entries(), stage.name: {"finished": True, "reads": self._reads(stage, recipe)}})
 
-    def forget(self, kind: str) -> list[str]:
-        """Forget every stage of ``kind`` and all that come after; gives their names."""
+    def forget(self, kind: str, recipe: Recipe) -> list[str]:
+        """Forget every stage of ``kind`` and all that come after; gives their names. A dense arm that is tuned as ``recipe``
+        says stays: search and cut do not reach it.
+        """
         entries = self._entries()
-        gone = [name for name in entries if comes_after(Stage(name.partition(":")[0]), kind)]
+        stages = [Stage(*name.split(":", 1)) for name in entries]
+        gone = [
+            stage.name
+            for stage in stages
+            if comes_after(stage, kind)
+            and not (kind in ("search", "cut") and stage.arm.startswith("dense") and not self.changes(stage, recipe))
+        ]
         self._write({name: entry for name, entry in entries.items() if name not in gone})
         return gone
 

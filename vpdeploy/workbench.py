@@ -98,7 +98,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         check_forward(built.backbone, canvas_size=recipe.input.canvas, classes=outputs)
     recipe = _settle(recipe, built)
     if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
-        for name in ledger.forget(redo):
+        for name in ledger.forget(redo, recipe):
             (run / "state" / f"{name.replace(':', '.')}.pt").unlink(missing_ok=True)
     run_folder.write_bytes(run / "recipe.toml", dump_recipe(recipe).encode())
     return Workbench(

@@ -146,10 +146,24 @@ def test_a_stage_begun_with_other_values_is_refused_too(tmp_path):
 
 
 def test_redo_forgets_its_stage_and_all_after_it(ledger):
-    gone = ledger.forget("search")
-    assert set(gone) == {*PRUNED, *TUNES, *AFTER}
+    gone = ledger.forget("tune", recipe())
+    assert set(gone) == {*TUNES, *AFTER}
     assert undone(ledger, recipe()) == set(gone)
-    assert ledger.forget("bench") == []
+    assert ledger.forget("bench", recipe()) == []
+
+
+@pytest.mark.parametrize("kind", ["search", "cut"])
+def test_a_new_search_leaves_dense_arms_alone(ledger, kind):
+    ledger.begin(Stage("tune", "dense"), recipe())  # half done: its epochs stay, too
+    searches = {name for name in PRUNED if kind == "search" or name.startswith("cut")}
+    assert set(ledger.forget(kind, recipe())) == {*searches, "tune:pruned", "tune:pruned-prompt", *AFTER}
+    assert undone(ledger, recipe()) == {*searches, *TUNES, *AFTER} - {"tune:dense+prompt"}
+
+
+def test_a_new_search_with_another_tuning_tunes_dense_arms_too(ledger):
+    now = recipe(tune__epochs=1)
+    now_gone = ledger.forget("search", now)
+    assert set(TUNES) <= set(now_gone)
 
 
 def test_redo_is_refused_where_an_earlier_stage_changed(ledger):
@@ -210,7 +224,7 @@ def test_files_that_nobody_looked_at_are_taken_to_be_as_they_were(ledger):
     assert blind.key(Stage("fit"), recipe()) == ledger.key(Stage("fit"), recipe())
     blind.refuse_retraining(recipe(), run=Path("run"), redo=None)
     assert not blind.is_done(Stage("bench"), recipe(export__opset=20))
-    ledger.forget("tune")
+    ledger.forget("tune", recipe())
     assert not blind.is_done(Stage("bench"), recipe())
 
 

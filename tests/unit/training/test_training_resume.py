@@ -78,6 +78,7 @@ CASES: dict[str, tuple[Run, dict[str, Any]]] = {
     "search, frame": (run_search, {}),
     "search, moving square": (run_search, {"prompt.pixels.kind": "random", "prompt.pixels.size": 4}),
     "search, second step": (run_search, {"search.unprompted_step": True}),
+    "search, from the loss": (run_search, {"search.score_init": "taylor"}),
     "search, no prompt": (run_search, {"prompt.pixels.kind": "none"}),
     "search, map once": (run_search, {"model.head": "flm", "model.weights": "source.th"}),
     "search, map every epoch": (run_search, {"model.head": "ilm", "model.weights": "source.th"}),

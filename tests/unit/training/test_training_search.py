@@ -13,13 +13,16 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe import Recipe
 from vpdeploy.scoring.criteria.magnitude import magnitude
+from vpdeploy.scoring.select import prices
 from vpdeploy.training import search as module
-from vpdeploy.training.network import Compute
+from vpdeploy.training.network import Compute, build_canvas
 from vpdeploy.training.search import SearchTask, StraightThrough, hard_mask, search, search_step, with_statistics
+from vpdeploy.training.streams import stream
 from vpdeploy.values import Found
 
 
@@ -152,6 +155,30 @@ def test_where_scores_start(watched: Watched, tmp_path: Path, kind: str) -> None
         assert row.shape == (18,) and 0 <= float(row.min()) < float(row.max()) < 1
         other = recipe(search__score_init=kind, search__epochs=1, search__score_lr=1e-60, seed=8)
         assert not torch.equal(row, torch.cat(list(searched(task, tmp_path / "8", other).scores.values())))
+
+
+def test_taylor_scores_start_from_the_loss_of_the_dense_network(watched: Watched, tmp_path: Path) -> None:
+    settled = recipe(search__score_init="taylor", search__epochs=1, search__score_lr=1e-60)
+    network = tiny.network()
+    task = tiny.task(network, settled)
+    scores = searched(task, tmp_path, settled).scores
+    # By other means: a factor on what each norm gives is what the gate behind it is.
+    factors = {norm: torch.ones(width, requires_grad=True) for norm, width in (("norm1", 8), ("norm2", 10))}
+    for norm, factor in factors.items():
+        network.get_submodule(norm).register_forward_hook(lambda *args, f=factor: args[2] * f.view(1, -1, 1, 1))
+    data, squares = tiny.data().train, {norm: torch.zeros(len(factor)) for norm, factor in factors.items()}
+    order = torch.randperm(len(data), generator=stream(settled.seed, "search", 0, "taylor"))
+    canvas = build_canvas(settled, prompted=False)
+    assert data.pixels is not None
+    for part in order.split(module.TAYLOR_BATCH):
+        loss = F.cross_entropy(network(canvas(data.pixels[part] / 255)), data.labels[part])
+        for norm, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
+            squares[norm] += gradient.square()
+    price = dict(zip(task.selector.roots, prices(task.selector).tolist(), strict=True))
+    worth = torch.cat([squares["norm1"] / price["conv1"], squares["norm2"] / price["conv2"]])
+    row = torch.cat([scores["conv1"], scores["conv2"]])
+    assert torch.equal(row.argsort(), worth.argsort())
+    assert torch.allclose(row.sort().values, torch.arange(1, 19) / 9)
 
 
 # --- the second step, and no prompt -----------------------------------------------------------------------------------

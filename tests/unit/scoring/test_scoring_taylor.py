@@ -1,0 +1,45 @@
+"""Taylor importance by hand: squares of gate gradients, for what a channel costs, as ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vpdeploy.scoring.criteria.taylor import taylor
+from vpdeploy.scoring.select import Selector, build_selector, prices
+from vpdeploy.surgery.cost import CostModel
+from vpdeploy.values import ChannelGroup
+
+GROUPS = (ChannelGroup("a", 2, ()), ChannelGroup("b", 3, ()))
+
+
+def selector(budget: str) -> Selector:
+    """Two layers: the first holds 4 a MACs, the second, which reads a and writes b, 10 a b."""
+    share = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])  # two axes of two tensors, by group
+    constant = np.array([[0.0, 0.0], [1.0, 0.0]])
+    cost = CostModel(share, constant, np.ones(2), np.array([4.0, 10.0]), np.array([2.0, 3.0]))
+    return build_selector(GROUPS, cost, budget=budget, ratio=0.5, round_to=1, max_removal=0.9)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [("macs_ratio", [4 + 30, 20]), ("params_ratio", [1 + 3, 2]), ("channel_ratio", [1, 1])],
+)
+def test_the_price_of_a_channel_is_what_its_removal_saves(budget, expected):
+    assert prices(selector(budget)).tolist() == expected
+
+
+def test_scores_are_ranks_of_mean_squares_over_prices():
+    # Mean squares 34, 17 and 10, 40, 0; over the prices 34 and 20: 1, 0.5 and 0.5, 2, 0. Equal ones keep their order.
+    gradients = [torch.tensor([8.0, 5.0, 4.0, 8.0, 0.0]), torch.tensor([2.0, 3.0, 2.0, 4.0, 0.0])]
+    found = taylor(iter(gradients), GROUPS, selector=selector("macs_ratio"))
+    assert found["a"].tolist() == pytest.approx([1.6, 0.8])
+    assert found["b"].tolist() == pytest.approx([1.2, 2.0, 0.4])
+    assert found["a"].dtype == torch.float32
+
+
+def test_gradients_of_opposite_sign_do_not_cancel():
+    gradients = [torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([-3.0, 1.0, 0.0, 0.0, 0.0])]
+    found = taylor(gradients, GROUPS, selector=selector("channel_ratio"))
+    assert found["a"][0] == 2 and found["a"][0] > found["a"][1]
