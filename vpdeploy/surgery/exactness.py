@@ -56,22 +56,26 @@ def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> Ch
     probes = [*((bench, half) for half in HALVES[:-1]), (both, HALVES[-1])]
     candidates = [group for group in groups.groups if group.status != "excluded"]
     verdicts = {group.root: group for group in _exclude_dead(bench, candidates)}
+    doubted = False
     for place, half in probes:
         standing = [group for group in verdicts.values() if group.status != "excluded"]
-        control = CONTROL if len(standing) == len(candidates) else ALIVE  # what is left may change little
-        verdicts |= {group.root: group for group in _judge(place, standing, half, control=control)}
+        if standing:
+            together = _verdict(place, standing, half, control=_control(standing, candidates))
+            doubted |= together.status != "exact"
+            verdicts |= {group.root: group for group in _judge(place, standing, half, together)}
     accepted = [group for group in verdicts.values() if group.status != "excluded"]
-    if accepted and len(accepted) < len(candidates):
+    if doubted and accepted:
         for place, half in probes:
-            together = _verdict(place, accepted, half, control=ALIVE)
-            if together.status != "exact":
-                verdicts |= {group.root: group for group in _not_together(accepted, together.reason)}
+            together = _verdict(place, accepted, half, control=_control(accepted, candidates))
+            if together.status != "exact":  # exact alone, not together: nothing can be promised
+                reason = f"together with others {together.reason}"
+                verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
     return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
-def _not_together(groups: Sequence[ChannelGroup], reason: str) -> list[ChannelGroup]:
-    """Exact alone, not together: nothing can be promised."""
-    return [replace(group, status="excluded", reason=f"together with others {reason}") for group in groups]
+def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup]) -> float:
+    """How much gating ``groups`` must change: what is left of the candidates may change little."""
+    return CONTROL if len(groups) == len(candidates) else ALIVE
 
 
 def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
@@ -110,18 +114,16 @@ def _slopes(bench: _Bench, groups: Sequence[ChannelGroup]) -> Tensor:
     return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
 
 
-def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> list[ChannelGroup]:
-    if not groups:
-        return []
-    verdict = _verdict(bench, groups, half, control=control)
+def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, verdict: ChannelGroup) -> list[ChannelGroup]:
+    """``groups`` under ``verdict``, that of all of them together; bisected when they disagree."""
     if verdict.status == "exact" or len(groups) == 1:
         return [
             replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
             for group in groups
         ]
     middle = len(groups) // 2
-    parts = [group for part in (groups[:middle], groups[middle:]) for group in _judge(bench, part, half, control=ALIVE)]
-    return parts if any(group.status == "excluded" for group in parts) else _not_together(parts, verdict.reason)
+    parts = (groups[:middle], groups[middle:])
+    return [g for part in parts for g in _judge(bench, part, half, _verdict(bench, part, half, control=ALIVE))]
 
 
 def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:
