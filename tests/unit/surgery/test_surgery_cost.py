@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from strategies import CLASSES, SIDE, Head, conv_norm
@@ -113,3 +116,13 @@ def test_the_network_is_left_as_it_was():
     cost_of(network)
     assert network.training and all(not m._forward_hooks for m in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_counting_does_not_import_the_compiler():
+    """torch's own counter imports torch._dynamo at its first use: seconds of every command that counts."""
+    code = (
+        "import sys, torch; from vpdeploy.surgery.cost import build_cost_model; "
+        "build_cost_model(torch.nn.Conv2d(3, 4, 1), (), example=torch.zeros(1, 3, 4, 4)); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
