@@ -187,7 +187,8 @@ class SearchTable(Table):
     score_lr: Positive = Field(default=0.05, description="Adam, cosine decay")
     prompt_lr: Positive = Field(default=1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
     score_init: Literal["scaled", "taylor", "random"] = Field(
-        default="scaled", description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)"
+        default="scaled",
+        description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)",
     )
     unprompted_step: bool = Field(
         default=False,
