@@ -51,6 +51,7 @@ def in_fork(order: dict) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(Path(order["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     if order["what"]:
         arrange(order["at"], order["nth"], order["what"])
     sys.argv = ["vpdeploy", *order["arguments"]]

@@ -46,6 +46,7 @@ HANDED_ON = [
     "groups.json",
     "certificate.json",
     "skipped.training.txt",
+    "skipped.test.txt",
     "parity.json",
     "parity.dense.json",
     "prompt.npz",
@@ -197,7 +198,7 @@ def test_a_changed_bench_redoes_bench_alone(copied, capsys):
     done = here(capsys, *smoke(copied), *settings(["bench.seconds=0.02"]))
     assert (done.status, done.err.splitlines()) == (0, ["bench ..."])
     changed = rewritten(before, files_of(copied))
-    measured = {"measured/dense.json", "measured/pruned.json", "predictions.npz", "stages.json"}
+    measured = {"measured/dense.json", "measured/pruned.json", "predictions.npz", "skipped.test.txt", "stages.json"}
     assert measured <= changed <= {*measured, *NOTED, *PAGES, "stages.json"}
 
 

@@ -188,14 +188,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
     canvas = {"canvas_size": st.integers(size, 99), "std": st.just([1.0, 0.5, 0.25])}
     raw = {
         "seed": draw(st.integers(0, 2**31 - 1)),
-        "model": draw(table({"weights": st.sampled_from(["a b.pt", "DEFAULT"])}, name=st.just("net.py:make"), args=ARGS)),
+        "model": draw(table({"weights": st.sampled_from(["a b.pt", "c.safetensors"])}, name=st.just("net.py:make"), args=ARGS)),
         "data": draw(table({"val_fraction": SHARE, "test_fraction": SHARE}, name=st.just("imagefolder"), root=FOLDERS)),
         "input": draw(table(canvas, image_size=st.just(size))),
         "prompt": {"pixels": draw(table(PIXELS, size=st.integers(1, 7)))},
         "search": draw(table({"score_lr": SHARE, "unprompted_step": st.booleans()})),
         "budget": draw(table({"max_removal": SHARE}, **{draw(BUDGETS): SHARE})),
         "compare": draw(table({"arms": st.permutations(["dense", "pruned", "pruned-prompt"])})),
-        "bench": draw(table({"threads": st.lists(st.integers(1, 9), min_size=1, max_size=3)})),
+        "bench": draw(table({"threads": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True)})),
     }  # fmt: skip
     return parse_recipe(raw, where="recipe", folder=Path("/data"))
 
