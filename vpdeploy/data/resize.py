@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+PIXEL_SCALE = 1 / 255
+"""What a byte is multiplied with, in training and in deployment: a product, because it takes half a division's time."""
+
+ROWS_TOGETHER = 4
+"""Neighbouring output rows that share one window of input rows. More of them copy less and multiply more zeros: on a
+CPU with AVX-512, 4 and 8 take the same time within a tenth, 16 a quarter more."""
 
 
 def resize(image: Tensor, image_size: int, *, how: str) -> Tensor:
@@ -16,10 +24,57 @@ def resize(image: Tensor, image_size: int, *, how: str) -> Tensor:
     """
     if how == "shorter-side-crop":
         image = _central_square(image)
-    x = image.permute(0, 3, 1, 2).to(torch.float32)  # [n, h, w, 3] -> [n, 3, h, w]
-    x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True, align_corners=False)
-    # Contiguous, because with the strides of channels_last a later flatten would be exported as a gather.
-    return (x.contiguous() / 255).clamp(0, 1)
+    n, h, w, _ = image.shape
+    s = image_size
+    rows = _resize_rows(image.reshape(n, h, w * 3), s)  # [n, s, w * 3]
+    # The columns become rows, so that they are resized by the same copies of whole rows.
+    columns = rows.transpose(1, 2).reshape(n, w, 3 * s)  # [n, w, 3 * s (colour, y)]
+    x = _resize_rows(columns, s, scale=PIXEL_SCALE).transpose(1, 2).reshape(n, 3, s, s)
+    # Contiguous, because with other strides a later flatten would be exported as a gather; clamped, because a mean in
+    # float32 may lie one unit in the last place above its largest term.
+    return x.contiguous().clamp(0, 1)
+
+
+def window(m: int, size: int) -> int:
+    """Input rows that ROWS_TOGETHER neighbouring output rows read, of ``m`` rows that become ``size``.
+
+    An output row reads the pixels whose centre lies within r = max(1, m / size) of its own, and the next row's centre
+    is m / size further on.
+    """
+    span = (ROWS_TOGETHER - 1) * m + 2 * _larger(m, size)  # in 1 / size pixels
+    return cast(int, torch.sym_min(m, (span + size - 1) // size))
+
+
+def _resize_rows(x: Tensor, size: int, *, scale: float = 1.0) -> Tensor:
+    """Antialiased bilinear along axis 1, times ``scale``: [n, m, width] of any dtype -> float32 [n, size, width].
+
+    Row i of the output is the mean of the rows j of the input under the weights max(0, 1 - |c_j - c_i| / r), with the
+    centres c_j = j + 1/2 and c_i = (i + 1/2) m / size, and r = max(1, m / size): Pillow's bilinear filter, and torch's
+    with ``antialias=True``. It is written as products of small matrices over windows of rows, which every runtime
+    multiplies fast, while ONNX's antialiased Resize takes twice as long on ONNX Runtime's CPU and exists on few others.
+    """
+    n, m, width = x.shape
+    blocks = -(-size // ROWS_TOGETHER)
+    taps = window(m, size)
+    # Positions are whole numbers of 1 / (2 * size) pixels in int64, so that no image is too large for the precision;
+    # float32 holds the distances within a window exactly.
+    reach = 2 * _larger(m, size)
+    centres = (2 * torch.arange(blocks * ROWS_TOGETHER).view(blocks, ROWS_TOGETHER) + 1) * m
+    start = (2 * ROWS_TOGETHER * torch.arange(blocks) + 1) * m - reach  # where the first row of a block begins to read
+    first = ((start + size).clamp(min=0).to(torch.float64) / (2 * size)).to(torch.int64).clamp(max=m - taps)
+    inside = (centres - 2 * size * first[:, None]).to(torch.float32)  # [blocks, ROWS_TOGETHER]
+    distance = ((2 * torch.arange(taps) + 1) * size).to(torch.float32) - inside[:, :, None]
+    weights = (reach - distance.abs()).relu()  # [blocks, ROWS_TOGETHER, taps]
+    weights = weights * (scale / weights.sum(-1, keepdim=True))  # rows past ``size`` hold anything: they are cut off
+    rows = first[:, None] + torch.arange(taps)  # [blocks, taps]
+    windows = x.index_select(1, rows.flatten()).reshape(n, blocks, taps, width)
+    resized = torch.matmul(weights, windows.to(torch.float32))  # [n, blocks, ROWS_TOGETHER, width]
+    return resized.reshape(n, blocks * ROWS_TOGETHER, width)[:, :size]
+
+
+def _larger(m: int, size: int) -> int:
+    """max(m, size), where torch.export knows ``m`` by a symbol only."""
+    return cast(int, torch.sym_max(m, size))
 
 
 def _central_square(image: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Deployable(nn.Module):
     """What ships: image -> logits float32 [n, k].
 
     image, form "uint8": uint8 [n, h, w, 3], any h and w, 0 to 255; form "float": float32 [n, 3, image_size, image_size]
-    in [0, 1], already resized (for runtimes that have no antialiased resize).
+    in [0, 1], already resized (for callers that resize by themselves).
     """
 
     def __init__(self, backbone: nn.Module, canvas: Canvas, *, form: Form, image_size: int, resize_how: str):

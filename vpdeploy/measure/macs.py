@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from vpdeploy.data.resize import ROWS_TOGETHER, window
 from vpdeploy.measure.not_products import NOT_PRODUCTS
 
 
@@ -138,25 +138,13 @@ _HANDLES: dict[str, Callable[[list[Any], list[Any]], Any]] = {
 
 
 def preprocessing_macs(image_height: int, image_width: int, *, image_size: int, resize_how: str) -> int:
-    """Products of the antialiased bilinear resize of one colour image to a square.
+    """Products of the resize of one colour image to a square, as the exported file computes them.
 
-    The resize is separable, rows first: ``3 * (h * T(w) + image_size * T(h))``, where T(m) is the number of taps of all
-    output positions along an axis of m pixels: the pixels j whose centre lies within max(1, m / image_size) of the
-    position's centre, ``|(j + 1/2) - (i + 1/2) m / image_size| < max(1, m / image_size)``. An axis that has its size
-    already costs nothing. "shorter-side-crop" resizes the central square. Prompt and normalisation are elementwise.
+    Rows first, then columns, each by matrices over windows (`vpdeploy.data.resize`), whose zeros are multiplied too.
+    "shorter-side-crop" resizes the central square. Prompt and normalisation are elementwise.
     """
     h, w = image_height, image_width
     if resize_how == "shorter-side-crop":
         h = w = min(h, w)
-    return 3 * (h * _taps(w, image_size) + image_size * _taps(h, image_size))
-
-
-def _taps(m: int, image_size: int) -> int:
-    """Non-zero weights of one axis. In whole numbers (times 2 * image_size), so that no tap is lost to rounding."""
-    if m == image_size:
-        return 0
-    centre = (2 * np.arange(image_size, dtype=np.int64) + 1) * m
-    reach = 2 * max(m, image_size)
-    first = (centre - reach - image_size) // (2 * image_size) + 1  # (2j + 1) * image_size > centre - reach
-    last = -((image_size - centre - reach) // (2 * image_size)) - 1  # (2j + 1) * image_size < centre + reach
-    return int((np.minimum(last, m - 1) - np.maximum(first, 0) + 1).sum())
+    rows = -(-image_size // ROWS_TOGETHER) * ROWS_TOGETHER
+    return 3 * rows * (window(h, image_size) * w + window(w, image_size) * image_size)

@@ -18,7 +18,7 @@ class Canvas(nn.Module):
     """
 
     mean: Tensor
-    std: Tensor
+    inverse_std: Tensor
 
     def __init__(
         self,
@@ -35,7 +35,8 @@ class Canvas(nn.Module):
         self.padding = (before, after, before, after)
         self.prompt = prompt
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # A product takes half the time of a division, in every forward that ships.
+        self.register_buffer("inverse_std", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.normalise(self.place(image))
@@ -46,4 +47,4 @@ class Canvas(nn.Module):
         return clamp(x + self.prompt()) if self.prompt is not None and prompted else x
 
     def normalise(self, canvas: Tensor) -> Tensor:
-        return (canvas - self.mean) / self.std
+        return (canvas - self.mean) * self.inverse_std

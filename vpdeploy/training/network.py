@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.data.prepared import Images, batches
+from vpdeploy.data.resize import PIXEL_SCALE
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
 from vpdeploy.recipe import Recipe
@@ -104,7 +105,7 @@ def restart_prompt(canvas: Canvas, *, seed: int, stage: str, epoch: int) -> None
 
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [n, 3, s, s] -> float32 in [0, 1] on ``device``."""
-    return images.to(device, non_blocking=True).to(torch.float32).div_(255)
+    return images.to(device, non_blocking=True).to(torch.float32).mul_(PIXEL_SCALE)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, *, peaks: Iterable[float], done: float) -> None:

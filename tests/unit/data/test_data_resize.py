@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from vpdeploy.data.resize import resize
+from vpdeploy.data.resize import PIXEL_SCALE, resize
 
 HOWS = ["stretch", "shorter-side-crop"]
 
@@ -26,10 +27,25 @@ def test_any_size_becomes_a_square_within_the_range_of_its_pixels(how, h, w, siz
     assert result.min() >= 0 and result.max() <= 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    h=st.integers(1, 300) | st.integers(3000, 70000), w=st.integers(1, 90), size=st.integers(1, 48), turn=st.booleans()
+)
+def test_it_is_the_antialiased_bilinear_resize_that_torch_computes_in_float64(h, w, size, turn):
+    """The tolerance is float32's: a sum of t positive terms is off by at most t units in the last place of its value."""
+    h, w = (h, w) if h < 3000 else (h, 2)
+    h, w = (w, h) if turn else (h, w)
+    image = noise(1, h, w, 3)
+    wanted = F.interpolate(image.permute(0, 3, 1, 2).double(), size=(size, size), mode="bilinear", antialias=True) / 255
+    taps = sum(2 * max(1, m / size) + 1 for m in (h, w))
+    tolerance = (taps + 8) * torch.finfo(torch.float32).eps
+    assert torch.allclose(resize(image, size, how="stretch").double(), wanted, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_an_image_of_the_right_size_is_only_scaled(how):
     image = noise(3, 17, 17, 3)
-    assert torch.equal(resize(image, 17, how=how), image.permute(0, 3, 1, 2).float() / 255)
+    assert torch.equal(resize(image, 17, how=how), image.permute(0, 3, 1, 2).float() * PIXEL_SCALE)
 
 
 @pytest.mark.parametrize("how", HOWS)
