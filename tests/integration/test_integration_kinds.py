@@ -230,10 +230,11 @@ def test_a_torchvision_network_goes_the_whole_road(folder, tmp_path):
     report = go(
         folder,
         tmp_path,
-        model={"name": "torchvision:squeezenet1_1"},
+        model={"name": "torchvision:resnet18"},
         input={"image_size": 32, "canvas_size": 40},
         budget={"macs_ratio": 0.6, "round_to": 4},
         fit={"epochs": 1, "batch_size": 9, "weight_lr": 0.001},
+        tune={"epochs": 1, "batch_size": 9, "weight_lr": 0.001},
         export={"forms": ["float"]},
     )
     certificate = report.certificates["pruned"]

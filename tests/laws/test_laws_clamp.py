@@ -78,7 +78,7 @@ def test_the_first_step_moves_the_frame(image_size: int, border: int, seed: int)
     weight = torch.randn(3, *(image_size + 2 * border,) * 2, generator=generator, dtype=torch.float64)
     (canvas(image) * weight).sum().backward()
     assert canvas.prompt is not None
-    came = 2 * weight / canvas.std  # of both images
+    came = 2 * weight * canvas.inverse_std  # of both images
     found = torch.cat([p.grad.flatten() for p in canvas.prompt.parameters() if p.grad is not None])
     passed = came.clamp(max=0)
     inner = slice(border, border + image_size)
