@@ -12,13 +12,21 @@ import numpy as np
 
 from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError
-from vpdeploy.measure.engine import engine_versions
 from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.recipe import dump_recipe, relative_to
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
-from vpdeploy.stages import Ledger, Stage, arm_file, measurement_file, read_recipe, skipped_file
+from vpdeploy.stages import (
+    Ledger,
+    Stage,
+    arm_file,
+    is_done,
+    measurement_file,
+    measuring_machine_file,
+    read_recipe,
+    skipped_file,
+)
 from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
 
 
@@ -28,7 +36,7 @@ def write_report(run: Path) -> Report:
     Raises: RunFolderError when the run has not been measured yet.
     """
     recipe = read_recipe(run)
-    if not Ledger(run / "stages.json", {}).is_done(Stage("bench"), recipe):
+    if not is_done(Ledger(run / "stages.json", {}), Stage("bench"), recipe, run=run):
         raise RunFolderError(
             f"{run}: the arms that stand there now are not measured yet; run `vpdeploy export {run}` and "
             f"`vpdeploy bench {run}` first"
@@ -36,12 +44,12 @@ def write_report(run: Path) -> Report:
     arms = {arm: run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms}
     others = [arm for arm in arms if arm != "dense"]
     pruned = [arm for arm in arms if arm.startswith("pruned")]
-    noted = _noted(run / "environment.json")
+    command, trained_in = _noted(run / "environment.json")
     about = About(
         title=f"{recipe.model.name.rpartition('/')[2]} on {recipe.data.name}",
         recipe=dump_recipe(relative_to(recipe, run)),
-        command=noted["command"],
-        environment={**noted["environment"], "engine": engine_versions()},
+        command=command,
+        environment=_measured_in(measuring_machine_file(run), trained_in=trained_in),
         skipped_images=_skipped(run),
     )
     made = compare(
@@ -60,13 +68,23 @@ def write_report(run: Path) -> Report:
     return made
 
 
-def _noted(path: Path) -> dict[str, Any]:
+def _noted(path: Path) -> tuple[str, dict[str, Any]]:
     """The command and the environment that `prune` noted."""
     try:
         noted = json.loads(run_folder.read_bytes(path))
-        return {"command": str(noted["command"]), "environment": dict(noted["environment"])}
+        return str(noted["command"]), dict(noted["environment"])
     except (ValueError, KeyError, TypeError) as e:
         raise RunFolderError(f"{path}: damaged: {e!r}; run the same `vpdeploy run` again, which writes it anew") from e
+
+
+def _measured_in(path: Path, *, trained_in: dict[str, Any]) -> dict[str, Any]:
+    """The environment that `bench` noted, and where it differs from that, the one that trained."""
+    try:
+        noted = dict(json.loads(run_folder.read_bytes(path)))
+    except (ValueError, TypeError) as e:
+        raise RunFolderError(f"{path}: damaged: {e!r}; remove it and run `vpdeploy bench` again") from e
+    differs = {key: value for key, value in trained_in.items() if noted.get(key) != value}
+    return {**noted, **({"training": differs} if differs else {})}
 
 
 def _skipped(run: Path) -> tuple[str, ...]:

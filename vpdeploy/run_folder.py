@@ -57,6 +57,10 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_bytes(path, json.dumps(value, indent=1).encode())
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 

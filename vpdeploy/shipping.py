@@ -21,10 +21,12 @@ from vpdeploy.deploy.vectors import Vectors
 from vpdeploy.errors import DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memories
+from vpdeploy.measure.engine import engine_versions
+from vpdeploy.measure.environment import environment
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe import Recipe
-from vpdeploy.stages import Stage, arm_file, measurement_file, onnx_file, skipped_file
+from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
 from vpdeploy.values import Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
@@ -37,6 +39,15 @@ def baked(work: Workbench, arm: str, form: str) -> Deployable:
     return bake(read_tuned(work, arm), recipe=work.recipe, classifier=work.built.classifier, form=form)
 
 
+def _done_before(work: Workbench, stage: Stage) -> bool:
+    """Whether ``stage`` has nothing to do; it says so, because who asked for it may expect new numbers."""
+    done = work.is_done(stage)
+    if done:
+        again = f"vpdeploy run {work.run / 'recipe.toml'} -o {work.run} --redo {stage.name}"
+        work.display.say(f"{stage.name}: done before, and nothing that it reads has changed; to do it again: {again}")
+    return done
+
+
 # --- export -------------------------------------------------------------------------------------------------------------
 
 
@@ -44,7 +55,7 @@ def export_arms(work: Workbench) -> None:
     """Every arm in every form: bake, export, parity; then the package around them."""
     package = Stage("export")
     work.require([Stage("tune", arm) for arm in work.recipe.arms], command=f"vpdeploy prune RECIPE -o {work.run}")
-    if work.is_done(package):
+    if _done_before(work, package):
         return
     vectors: dict[str, Vectors] = {}
     with work.doing(package):
@@ -101,7 +112,7 @@ def measure_arms(work: Workbench) -> None:
     """Accuracy on the test split, MACs, parameters, bytes, latency and memory of every exported file."""
     stage, recipe = Stage("bench"), work.recipe
     work.require([Stage("export")], command=f"vpdeploy export {work.run}")
-    if work.is_done(stage):
+    if _done_before(work, stage):
         return
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     with work.doing(stage):
@@ -132,6 +143,7 @@ def measure_arms(work: Workbench) -> None:
             run_folder.write_value(measurement_file(work.run, arm), measurement)
         buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}
         run_folder.write_arrays(work.run / "predictions.npz", buffer)
+        run_folder.write_json(measuring_machine_file(work.run), {**environment(), "engine": engine_versions()})
 
 
 def _predictions(work: Workbench, files: dict[str, dict[str, Path]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

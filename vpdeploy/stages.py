@@ -11,19 +11,20 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vpdeploy.errors import RecipeError, RunFolderError
 from vpdeploy.recipe import Recipe, flatten, parse_recipe
-from vpdeploy.run_folder import read_bytes, write_bytes
+from vpdeploy.run_folder import read_bytes, write_json
 
 ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench")
 
 _NETWORK = ("model", "input")
 _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
 _SEARCH = (*_FIT, "prompt", "search", "budget")
+_CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
 _NOT_READ = ("data.limit_test", "data.download", "compute.workers", "compare.arms")
 
@@ -71,12 +72,14 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 class Ledger:
     """Which stages of a run were begun and finished, and with what, in ``path`` (stages.json).
 
-    ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}. One that is not given, because the file is
-    gone or nobody looked, is taken to be as it was.
+    ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}; ``machine`` what measurements depend on
+    beside them, e.g. {"onnxruntime": "1.31.1"}. What is not given, because the file is gone or nobody looked, is taken to
+    be as it was.
     """
 
     path: Path
     inputs: Mapping[str, str]
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     def key(self, stage: Stage, recipe: Recipe) -> str:
         """A hash of everything that decides what ``stage`` gives."""
@@ -115,9 +118,7 @@ class Ledger:
         before, now = entry["reads"], self._reads(stage, recipe)
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return [
-            f"the {key} changed"
-            if key.startswith("contents")
-            else f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            f"the {key} changed" if key.startswith(_CONTENTS) else f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in keys
         ]
 
@@ -136,9 +137,11 @@ class Ledger:
 
     def _reads(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
         entry = self._entries().get(stage.name, {"reads": {}})
-        before = {key: value for key, value in entry["reads"].items() if key.startswith("contents")}
-        inputs = {f"contents of {name}": value for name, value in self.inputs.items()}
-        return json.loads(json.dumps({**values_read(stage, recipe), **before, **inputs}))  # as it comes back from disk
+        before = {key: value for key, value in entry["reads"].items() if key.startswith((_CONTENTS, _MACHINE))}
+        inputs = {_CONTENTS + name: value for name, value in self.inputs.items()}
+        machine = {_MACHINE + name: value for name, value in self.machine.items() if stage.kind == "bench"}
+        reads = {**values_read(stage, recipe), **before, **inputs, **machine}
+        return json.loads(json.dumps(reads))  # as it comes back from disk
 
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -152,7 +155,7 @@ class Ledger:
         return entries
 
     def _write(self, entries: Mapping[str, Any]) -> None:
-        write_bytes(self.path, json.dumps(entries, indent=1).encode())
+        write_json(self.path, entries)
 
 
 def _is_entry(name: str, entry: Any) -> bool:
@@ -181,6 +184,10 @@ def measurement_file(run: Path, arm: str) -> Path:
     return run / "measured" / f"{arm}.json"
 
 
+def measuring_machine_file(run: Path) -> Path:
+    return run / "measured" / "environment.json"
+
+
 def skipped_file(run: Path, splits: str) -> Path:
     """The bad images that were left out, a line each. ``splits``: "training" (train and val) or "test"."""
     return run / f"skipped.{splits}.txt"
@@ -199,7 +206,8 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
         parities = [arm_file(run, "parity.json", arm) for arm in recipe.arms]
         return [*forms, *parities, run / "export" / "manifest.json"]
     if stage.kind == "bench":
-        return [*(measurement_file(run, arm) for arm in recipe.arms), run / "predictions.npz"]
+        measured = [measurement_file(run, arm) for arm in recipe.arms]
+        return [*measured, measuring_machine_file(run), run / "predictions.npz"]
     return {
         "groups": [run / "groups.json"],
         "fit": [run / "source.safetensors"],
@@ -207,6 +215,11 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
         "cut": [arm_file(run, "certificate.json", arm), arm_file(run, "plan.json", arm)],
         "tune": [run / f"{arm}.safetensors"],
     }[stage.kind]
+
+
+def is_done(ledger: Ledger, stage: Stage, recipe: Recipe, *, run: Path) -> bool:
+    """Whether the ledger says so, and every file that ``stage`` left is there."""
+    return ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from vpdeploy import run_folder
 from vpdeploy.data.prepared import prepare
 from vpdeploy.data.sources import DataSource, open_source
 from vpdeploy.errors import RunFolderError
-from vpdeploy.measure.environment import environment
+from vpdeploy.measure.environment import environment, machine
 from vpdeploy.models.build import Built, build, check_forward
 from vpdeploy.progress import Display
 from vpdeploy.recipe import CHECKPOINT_SUFFIXES, Recipe, dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, files_left, read_recipe, skipped_file
+from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, is_done, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
@@ -83,7 +82,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     afresh = redo is not None and comes_after(Stage("fit"), redo)
     begun = read_recipe(run) if (run / "recipe.toml").exists() and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
-    ledger = Ledger(run / "stages.json", _fingerprints(recipe, source))
+    ledger = Ledger(run / "stages.json", _fingerprints(recipe, source), machine())
     ledger.refuse_retraining(recipe, run=run, redo=redo)
     fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
@@ -113,15 +112,10 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     )
 
 
-def is_done(ledger: Ledger, stage: Stage, recipe: Recipe, *, run: Path) -> bool:
-    """Whether the ledger says so, and every file that ``stage`` left is there."""
-    return ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
-
-
 def note_environment(run: Path, command: str) -> None:
     """Write down where and by what words the run was made, for its report."""
     noted = {"schema": run_folder.SCHEMA, "command": command, "environment": environment()}
-    run_folder.write_bytes(run / "environment.json", json.dumps(noted, indent=1).encode())
+    run_folder.write_json(run / "environment.json", noted)
 
 
 def _as_before(recipe: Recipe, begun: Recipe) -> Recipe:

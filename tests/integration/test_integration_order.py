@@ -139,6 +139,32 @@ def test_a_damaged_note_of_the_environment_is_a_message(environment, finished, t
         pipeline.report(run)
 
 
+def test_a_report_tells_where_its_numbers_were_measured_and_where_else_was_trained(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    here = pipeline.report(run).environment
+    assert here["engine"]["onnxruntime"] == here["packages"]["onnxruntime"] and "training" not in here
+    noted = json.loads((run / "environment.json").read_text())
+    noted["environment"]["machine"]["cpu"] = "another"
+    (run / "environment.json").write_text(json.dumps(noted))
+    there = pipeline.report(run).environment
+    assert {key: value for key, value in there.items() if key != "training"} == here
+    assert there["training"] == {"machine": noted["environment"]["machine"]}
+    (run / "measured" / "environment.json").unlink()
+    with pytest.raises(RunFolderError, match="not measured yet"):
+        pipeline.report(run)
+
+
+def test_who_asks_again_hears_that_nothing_was_done(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for stage, again in (("export", pipeline.export), ("bench", pipeline.bench)):
+        again(run, display=Display())
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"{stage}: done before, and nothing that it reads has changed; to do it again: vpdeploy run" in told
+        assert f"--redo {stage}" in told
+
+
 def test_a_cut_that_breaks_the_budget_is_an_error(images):
     networks = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 8, 1)
     for module in networks:

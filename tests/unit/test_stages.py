@@ -228,6 +228,16 @@ def test_files_that_nobody_looked_at_are_taken_to_be_as_they_were(ledger):
     assert not blind.is_done(Stage("bench"), recipe())
 
 
+def test_a_bench_on_another_machine_or_engine_is_another(ledger):
+    here = Ledger(ledger.path, INPUTS, {"cpu": "one", "onnxruntime": "1"})
+    for stage in stages_of(recipe()):
+        here.finish(stage, recipe())
+    assert not undone(here, recipe())
+    for elsewhere in ({"cpu": "other", "onnxruntime": "1"}, {"cpu": "one", "onnxruntime": "2"}):
+        assert undone(Ledger(ledger.path, INPUTS, elsewhere), recipe()) == {"bench"}
+    assert not undone(Ledger(ledger.path, {}), recipe())  # a report of it may be written anywhere
+
+
 def test_a_bench_that_was_cut_off_does_not_count(ledger):
     ledger.begin(Stage("bench"), recipe())
     assert not Ledger(ledger.path, {}).is_done(Stage("bench"), recipe())

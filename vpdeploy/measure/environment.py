@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 PACKAGES = ("vpdeploy", "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "fvcore", "numpy")
+MEASURING = ("vpdeploy", "onnxruntime")
 
 
 def environment() -> dict[str, Any]:
@@ -29,6 +30,11 @@ def environment() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def machine() -> dict[str, str]:
+    """What a measurement depends on beside the recipe and the files: elsewhere it has to be done again."""
+    return {"cpu": _cpu_model(), "cores": str(_usable_cores()), **{name: _version(name) for name in MEASURING}}
 
 
 def _version(name: str) -> str:
