@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery import exactness
 from vpdeploy.surgery.exactness import HALVES, certify, probe, redraw
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
@@ -98,6 +99,32 @@ def test_redrawing_reaches_every_parameter_and_statistic_and_nothing_else():
         else:
             assert torch.equal(tensor, before[name]), name
     assert bool((network[1].running_var > 0).all())  # type: ignore[index, operator]
+
+
+def test_a_draw_that_is_dead_is_drawn_again(monkeypatch):
+    """Three channels behind a ReLU may all be negative under random weights: that says nothing of the network."""
+
+    def first_draw_dead(network: nn.Module, *, seed: int = 0) -> nn.Module:
+        redraw(network, seed=seed)
+        if seed == 0:
+            nn.init.constant_(network.get_parameter("0.bias"), -99.0)
+        return network
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), Head(4))
+    monkeypatch.setattr(exactness, "redraw", first_draw_dead)
+    found = find_groups(network, example_input(8))
+    assert [group.status for group in probe(network, found, canvas_size=8).groups[:2]] == ["exact", "exact"]
+    monkeypatch.setattr(exactness, "DRAWS", 1)
+    (reason,) = {group.reason for group in probe(network, found, canvas_size=8).groups[:1]}
+    assert reason == "not probed: masking it alone changes the logits by only 0"
+
+
+def test_a_running_mean_is_drawn_with_both_signs_whatever_it_was():
+    """Only positive ones would push most channels below zero, and the network dies behind its ReLUs."""
+    norm = nn.BatchNorm2d(64).eval()
+    nn.init.ones_(norm.running_mean)  # type: ignore[arg-type]
+    redraw(norm)
+    assert bool((norm.running_mean < 0).any()) and bool((norm.running_var > 0).all())  # type: ignore[operator]
 
 
 def test_a_variance_stays_one_under_any_name():
