@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery import exactness
+from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import HALVES, certify, probe, redraw
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
