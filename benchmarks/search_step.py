@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model

@@ -27,7 +27,8 @@ from vpdeploy.data.refs import take
 from vpdeploy.data.sources import open_source
 from vpdeploy.models.build import build
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe, load_recipe
+from vpdeploy.recipe.reading import load_recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal, read_history
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, to_pixels

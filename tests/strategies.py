@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from vpdeploy.models.cifar_resnet import BasicBlock
 from vpdeploy.surgery.cost import CostModel
-from vpdeploy.values import ChannelGroup, ChannelMask
+from vpdeploy.surgery.exactness import probe
+from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
 SIDE = 8
 CLASSES = 5
@@ -184,6 +186,10 @@ def networks(draw: st.DrawFn, family: str) -> nn.Module:
     widths = draw(st.lists(st.integers(3, 9), min_size=4, max_size=4))
     network = FAMILIES[family](widths, draw(st.sampled_from(ACTIVATIONS)))
     return randomised(network, seed=draw(st.integers(0, 2**16)))
+
+
+def probed(network: nn.Module) -> ChannelGroups:
+    return probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE)
 
 
 @st.composite

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from vpdeploy.data.prepared import Images
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe, parse_recipe, with_values
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import with_values
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model

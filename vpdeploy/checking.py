@@ -20,7 +20,8 @@ from vpdeploy.data.sources import KNOWN, unknown_set
 from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
 from vpdeploy.errors import DataError, ModelError
 from vpdeploy.models.names import CIFAR_RESNETS, no_such_file, no_such_module, unknown_network
-from vpdeploy.recipe import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Problem, Recipe
+from vpdeploy.recipe.problems import Problem
+from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe
 
 
 def outside_problems(recipe: Recipe) -> Iterator[Problem]:

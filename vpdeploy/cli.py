@@ -16,7 +16,8 @@ from rich.table import Table
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe, load_recipe
+from vpdeploy.recipe.reading import load_recipe
+from vpdeploy.recipe.tables import Recipe
 
 app = typer.Typer(
     name="vpdeploy",

@@ -11,7 +11,7 @@ import numpy as np
 from vpdeploy.data.sources import open_source
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.models.build import build, check_forward
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.select import allowed_widths
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.exactness import probe

@@ -17,7 +17,7 @@ from vpdeploy import run_folder
 from vpdeploy.errors import SurgeryError
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector, build_selector, select
 from vpdeploy.shipping import export_arms, measure_arms

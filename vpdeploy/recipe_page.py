@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vpdeploy.recipe import Recipe, Table
+from vpdeploy.recipe.tables import Recipe, Table
 
 HEAD = """# Recipe keys
 

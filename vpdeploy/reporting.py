@@ -14,7 +14,8 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError
 from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
-from vpdeploy.recipe import dump_recipe, relative_to
+from vpdeploy.recipe.paths import relative_to
+from vpdeploy.recipe.writing import dump_recipe
 from vpdeploy.report.compare import About, compare
 from vpdeploy.report.render import render
 from vpdeploy.stages import (

@@ -25,7 +25,7 @@ from vpdeploy.measure.engine import engine_versions
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
 from vpdeploy.values import Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from vpdeploy.errors import RecipeError, RunFolderError
-from vpdeploy.recipe import Recipe, flatten, parse_recipe
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import flatten
 from vpdeploy.run_folder import read_bytes, write_json
 
 ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench")

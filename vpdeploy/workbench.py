@@ -21,7 +21,8 @@ from vpdeploy.errors import RunFolderError
 from vpdeploy.measure.environment import environment, machine
 from vpdeploy.models.build import Built, build, check_forward
 from vpdeploy.progress import Display
-from vpdeploy.recipe import CHECKPOINT_SUFFIXES, Recipe, dump_recipe, flatten, with_values
+from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
+from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
 from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, is_done, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut

@@ -14,7 +14,7 @@ from integration.stand_ins import write_images
 
 from vpdeploy import pipeline, run_folder
 from vpdeploy.progress import Display
-from vpdeploy.recipe import parse_recipe
+from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.values import EpochRecord, Found, Report
 
 FACTORY = """

@@ -15,7 +15,9 @@ from torch import nn
 from vpdeploy import pipeline, run_folder
 from vpdeploy.errors import DataError, RunFolderError, SurgeryError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe, parse_recipe, with_values
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import with_values
 from vpdeploy.report.compare import check_consistency
 
 QUIET = Display(quiet=True)

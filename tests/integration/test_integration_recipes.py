@@ -13,8 +13,10 @@ from integration.stand_ins import write_images
 from vpdeploy import pipeline
 from vpdeploy.models.build import build
 from vpdeploy.progress import Display
-from vpdeploy.recipe import CHECKPOINT_SUFFIXES, dump_recipe, load_recipe, parse_recipe
-from vpdeploy.recipe import Recipe as RecipeModel
+from vpdeploy.recipe.reading import load_recipe, parse_recipe
+from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES
+from vpdeploy.recipe.tables import Recipe as RecipeModel
+from vpdeploy.recipe.writing import dump_recipe
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 CLASSES = 10  # of the stand-ins, and so of the networks that keep their head

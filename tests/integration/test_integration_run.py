@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vpdeploy import run_folder
-from vpdeploy.recipe import load_recipe
+from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.stages import read_recipe
 from vpdeploy.values import Report
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FAMILIES, SIDE, Head, conv_norm, masks, networks, randomised
+from strategies import FAMILIES, SIDE, Head, conv_norm, masks, networks, probed, randomised
 from torch import Tensor, nn
 
 from vpdeploy.errors import BudgetError
@@ -15,16 +15,11 @@ from vpdeploy.measure.macs import count_macs
 from vpdeploy.scoring.select import build_selector, select
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import probe
-from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import ChannelGroup, ChannelMask
 
 EXAMPLE = example_input(SIDE, batch=1)
-
-
-def prunable(network: nn.Module) -> tuple[ChannelGroup, ...]:
-    return probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE).prunable
 
 
 def params(network: nn.Module) -> int:
@@ -40,7 +35,7 @@ def cut_to(network: nn.Module, groups: tuple[ChannelGroup, ...], mask: ChannelMa
 @given(data=st.data())
 def test_the_cost_model_equals_the_counter_on_the_cut_network(family, data):
     network = data.draw(networks(family)).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     cost = build_cost_model(network, groups, example=EXAMPLE)
     mask = data.draw(masks(groups))
     small, kept = cut_to(network, groups, mask), np.array(list(mask.widths().values()), float)
@@ -112,7 +107,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_odd_layers_are_counted_too(name):
     network = randomised(OTHERS[name](), seed=0).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     cost = build_cost_model(network, groups, example=EXAMPLE)
     mask = ChannelMask({g.root: tuple(c % 3 > 0 for c in range(g.width)) for g in groups})
     small, kept = cut_to(network, groups, mask), np.array([mask.widths()[g.root] for g in groups], float)
@@ -124,7 +119,7 @@ def test_odd_layers_are_counted_too(name):
 
 def test_the_example_may_have_any_batch():
     network = randomised(FAMILIES["mixed"]((4, 5, 6, 7), nn.ReLU), seed=0).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     one, three = (build_cost_model(network, groups, example=example_input(SIDE, batch=n)) for n in (1, 3))
     assert one.macs(one.dense_widths) == three.macs(three.dense_widths)
 
@@ -133,7 +128,7 @@ def test_the_example_may_have_any_batch():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_select_says_was_reached_is_what_is_counted_after_the_cut(family, budget):
     network = randomised(FAMILIES[family]((9, 8, 7, 9), nn.ReLU), seed=0).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     cost = build_cost_model(network, groups, example=EXAMPLE)
     scores = {g.root: np.random.default_rng(0).random(g.width) for g in groups}
     selection = select(build_selector(groups, cost, budget=budget, ratio=0.5, round_to=2, max_removal=0.9), scores)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from vpdeploy import values
 from vpdeploy.errors import RunFolderError
-from vpdeploy.recipe import Recipe, dump_recipe, flatten, parse_recipe, recipe_hash
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import dump_recipe, flatten, recipe_hash
 from vpdeploy.run_folder import dump, load, read_found, read_history, write_found
 from vpdeploy.values import EpochRecord, Found, PrunePlan
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CLASSES, FAMILIES, SIDE, Head, conv_norm, image, masks, networks, randomised
+from strategies import CLASSES, FAMILIES, SIDE, Head, conv_norm, image, masks, networks, probed, randomised
 from tolerances import SAME_IN_FLOAT64
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,10 +22,6 @@ from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import ChannelGroups, ChannelMask, Selection
-
-
-def probed(network: nn.Module) -> ChannelGroups:
-    return probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

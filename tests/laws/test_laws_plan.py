@@ -9,7 +9,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FAMILIES, SIDE, image, masks, networks, randomised
+from strategies import FAMILIES, SIDE, image, masks, networks, probed, randomised
 from torch import nn
 
 from vpdeploy.deploy.bake import bake
@@ -22,11 +22,7 @@ from vpdeploy.surgery.plan import plan
 from vpdeploy.training.fit import fit
 from vpdeploy.training.search import search, with_statistics
 from vpdeploy.training.tune import tune
-from vpdeploy.values import ChannelGroup, ChannelMask, Dense, Found, PrunePlan, Tuned
-
-
-def prunable(network: nn.Module) -> tuple[ChannelGroup, ...]:
-    return probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE).prunable
+from vpdeploy.values import ChannelMask, Dense, Found, PrunePlan, Tuned
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,7 +30,7 @@ def prunable(network: nn.Module) -> tuple[ChannelGroup, ...]:
 @given(data=st.data())
 def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
     network = data.draw(networks(family)).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     made = plan(network, groups, data.draw(masks(groups)), example=example_input(SIDE))
     replayed = load(PrunePlan, dump(made), where="plan.json")
     assert replayed == made
@@ -63,7 +59,7 @@ def test_a_plan_for_another_network_is_refused_with_what_differs():
     small, large = (
         randomised(FAMILIES["residual"](widths, nn.ReLU), seed=0) for widths in ((4, 5, 6, 7), (4, 5, 6, 8))
     )
-    groups = prunable(small)
+    groups = probed(small).prunable
     mask = ChannelMask({groups[0].root: (True, False, True, False)})
     made = plan(small, groups, mask, example=example_input(SIDE))
     with pytest.raises(SurgeryError) as caught:
@@ -82,7 +78,7 @@ def test_a_plan_for_another_network_is_refused_with_what_differs():
 
 def test_emptying_a_group_is_refused():
     network = randomised(FAMILIES["residual"]((4, 5, 6, 7), nn.ReLU), seed=0)
-    groups = prunable(network)
+    groups = probed(network).prunable
     with pytest.raises(SurgeryError, match="removing 4 channels would empty a layer"):
         plan(network, groups, ChannelMask({groups[0].root: (False,) * 4}), example=example_input(SIDE))
 
@@ -93,7 +89,7 @@ def test_emptying_a_group_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_empty_plan_is_the_identity(family):
     network = randomised(FAMILIES[family]((4, 5, 6, 7), nn.SiLU), seed=6).float()
-    groups = prunable(network)
+    groups = probed(network).prunable
     whole = ChannelMask({group.root: (True,) * group.width for group in groups})
     for mask in (whole, ChannelMask({})):
         made = plan(network, groups, mask, example=example_input(SIDE))

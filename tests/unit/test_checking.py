@@ -12,7 +12,8 @@ import tomli_w
 from integration.command_line import QUICKSTART, fresh, here, settings
 
 from vpdeploy.checking import outside_problems
-from vpdeploy.recipe import dump_recipe, load_recipe
+from vpdeploy.recipe.reading import load_recipe
+from vpdeploy.recipe.writing import dump_recipe
 from vpdeploy.stages import read_recipe
 
 

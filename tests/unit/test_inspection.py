@@ -11,7 +11,8 @@ from integration.command_line import QUICKSTART, here, settings
 from vpdeploy.errors import BudgetError
 from vpdeploy.inspection import inspect_recipe
 from vpdeploy.models.build import build
-from vpdeploy.recipe import load_recipe, with_values
+from vpdeploy.recipe.reading import load_recipe
+from vpdeploy.recipe.writing import with_values
 from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.exactness import probe

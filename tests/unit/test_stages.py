@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vpdeploy.errors import RecipeError, RunFolderError
-from vpdeploy.recipe import dump_recipe, flatten, parse_recipe, with_values
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.stages import (
     ORDER,
     Ledger,

@@ -21,7 +21,7 @@ from vpdeploy.data.refs import ImageRefs, take
 from vpdeploy.data.resize import resize
 from vpdeploy.errors import DataError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import InputTable
+from vpdeploy.recipe.tables import InputTable
 
 Batch = tuple[Tensor, Tensor]
 CHUNK = 256  # images per task of a thread

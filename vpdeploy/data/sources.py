@@ -10,7 +10,7 @@ from vpdeploy.data.refs import DataSource, ImageRefs, Opened
 from vpdeploy.data.splits import limit, split_off
 from vpdeploy.data.torchvision_sets import SETS, open_torchvision
 from vpdeploy.errors import DataError
-from vpdeploy.recipe import DataTable
+from vpdeploy.recipe.tables import DataTable
 
 __all__ = ["DataSource", "ImageRefs", "open_source"]
 

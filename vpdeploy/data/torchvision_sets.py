@@ -13,7 +13,7 @@ from vpdeploy.data.folders import fingerprint_of, walk
 from vpdeploy.data.images import decode
 from vpdeploy.data.refs import ImageRefs, Opened
 from vpdeploy.errors import DataError
-from vpdeploy.recipe import DataTable
+from vpdeploy.recipe.tables import DataTable
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vpdeploy.data.resize import resize
 from vpdeploy.models.classifier import take_rows
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import build_prompt
-from vpdeploy.recipe import PixelsTable, Recipe
+from vpdeploy.recipe.tables import PixelsTable, Recipe
 from vpdeploy.values import Tuned
 
 Form = Literal["uint8", "float"]

@@ -12,7 +12,8 @@ import numpy as np
 
 from vpdeploy.deploy.vectors import Vectors
 from vpdeploy.errors import RunFolderError
-from vpdeploy.recipe import Recipe, recipe_hash
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import recipe_hash
 from vpdeploy.run_folder import write_bytes
 
 SCHEMA = 1

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.recipe import Recipe, recipe_hash
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import recipe_hash
 
 if TYPE_CHECKING:
     import onnxruntime

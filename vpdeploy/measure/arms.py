@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.values import Latency, Memory
 
 Files = Mapping[str, Mapping[str, Path]]  # arm -> form -> file

@@ -24,7 +24,8 @@ from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
 from vpdeploy.models.torchvision_networks import network_names, published_tensors, torchvision_architecture
 from vpdeploy.models.user_factory import user_architecture
 from vpdeploy.models.weights import fit_names, load_weights, read_tensors
-from vpdeploy.recipe import CHECKPOINT_SUFFIXES, ModelTable, weights_of_no_file
+from vpdeploy.recipe.problems import weights_of_no_file
+from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, ModelTable
 
 Head = Literal["keep", "replace", "flm", "ilm"]
 

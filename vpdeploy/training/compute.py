@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.training.network import Compute, Prompted, build_canvas
 
 GAIN = 0.9  # a change of precision or layout must save a tenth of the time, or plain float32 stays

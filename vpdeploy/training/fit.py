@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vpdeploy.data.prepared import batches
 from vpdeploy.progress import Display
 from vpdeploy.prompts.label_map import count_pairs, frequency_map
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.training.evaluate import EVALUATION_BATCH
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, to_pixels

@@ -13,7 +13,7 @@ from vpdeploy.data.prepared import Images, batches
 from vpdeploy.data.resize import PIXEL_SCALE
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.training.streams import derive, stream
 
 

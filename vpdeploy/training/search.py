@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vpdeploy.data.prepared import Images, batches
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.criteria.taylor import taylor

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.training.fit import at_rest
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state

@@ -15,7 +15,7 @@ from vpdeploy.data.refs import ImageRefs
 from vpdeploy.data.resize import resize
 from vpdeploy.errors import DataError
 from vpdeploy.progress import Display
-from vpdeploy.recipe import InputTable
+from vpdeploy.recipe.tables import InputTable
 
 SIDE = 12
 SIZES = ((12, 12), (30, 17), (5, 9), (140, 130))  # the same, larger, smaller, and above the size resized in blocks

@@ -15,7 +15,7 @@ from vpdeploy.data.refs import ImageRefs
 from vpdeploy.data.sources import open_source
 from vpdeploy.data.splits import limit, proportional, split_off
 from vpdeploy.errors import DataError
-from vpdeploy.recipe import DataTable
+from vpdeploy.recipe.tables import DataTable
 
 CLASSES = ("a", "b", "c")
 sizes = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(sum)

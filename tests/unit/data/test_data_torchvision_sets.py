@@ -14,7 +14,7 @@ from scipy.io import savemat
 
 from vpdeploy.data.sources import open_source
 from vpdeploy.errors import DataError
-from vpdeploy.recipe import DataTable
+from vpdeploy.recipe.tables import DataTable
 
 
 def opened(name: str, root: Path, **values: object):

@@ -23,7 +23,9 @@ from vpdeploy.deploy.session import describe, read_metadata
 from vpdeploy.errors import ModelError, ParityError, VpdeployError
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import build_prompt
-from vpdeploy.recipe import Recipe, parse_recipe, recipe_hash
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import recipe_hash
 from vpdeploy.values import Tuned
 
 HOWS = ["stretch", "shorter-side-crop"]

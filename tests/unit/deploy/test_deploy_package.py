@@ -22,7 +22,9 @@ from vpdeploy.deploy.session import describe, open_session
 from vpdeploy.deploy.vectors import Vectors, choose_vectors
 from vpdeploy.deploy.verify import VerifyError, compare, main, verify
 from vpdeploy.errors import DataError, RunFolderError, VpdeployError
-from vpdeploy.recipe import Recipe, parse_recipe, recipe_hash
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import recipe_hash
 
 CLASSES = ("red", "green", "blue")
 SIZE = 6

@@ -20,7 +20,7 @@ from vpdeploy.errors import ModelError
 from vpdeploy.models import torchvision_networks
 from vpdeploy.models.build import BUILT_IN, build, check_forward
 from vpdeploy.models.cifar_resnet import CifarResNet, cifar_resnet
-from vpdeploy.recipe import ModelTable
+from vpdeploy.recipe.tables import ModelTable
 
 FACTORIES = """
     import torch

@@ -14,7 +14,7 @@ from vpdeploy.errors import ModelError
 from vpdeploy.models.build import build
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.weights import load_weights, read_tensors
-from vpdeploy.recipe import ModelTable
+from vpdeploy.recipe.tables import ModelTable
 
 SHARED = Path(os.environ.get("VPDEPLOY_TEST_DATA") or Path(__file__).resolve().parents[3].parent / "shared")
 CHECKPOINTS = {depth: next(iter(SHARED.glob(f"checkpoints/resnet{depth}-*.th")), None) for depth in (20, 32, 44, 56)}

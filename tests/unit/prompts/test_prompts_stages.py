@@ -11,7 +11,7 @@ import torch
 
 from vpdeploy.models.build import Built
 from vpdeploy.pipeline import searched, tuned
-from vpdeploy.recipe import ARMS, Recipe
+from vpdeploy.recipe.tables import ARMS, Recipe
 from vpdeploy.run_folder import read_network
 from vpdeploy.stages import Ledger
 from vpdeploy.values import Dense, Found

@@ -13,7 +13,7 @@ from torch import nn
 
 from vpdeploy import workbench
 from vpdeploy.errors import VpdeployError
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.training import compute
 from vpdeploy.training.compute import GAIN, choose_compute, find_device
 from vpdeploy.training.evaluate import EVALUATION_BATCH, accuracy, predict

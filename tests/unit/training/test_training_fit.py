@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.training.fit import at_rest, fit, map_by_frequency
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
 from vpdeploy.values import Dense

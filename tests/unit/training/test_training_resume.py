@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vpdeploy.progress import Display
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import read_history
 from vpdeploy.training import search as search_module
 from vpdeploy.training import weights as weights_module

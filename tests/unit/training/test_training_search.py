@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import prices
 from vpdeploy.training import search as module

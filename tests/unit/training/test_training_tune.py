@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.recipe import Recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.plan import plan

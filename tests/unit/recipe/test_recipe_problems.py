@@ -1,0 +1,192 @@
+"""One wrong thing gives one line, and every problem is told at once."""
+
+from __future__ import annotations
+
+import pytest
+from unit.recipe.least import HERE, merged, parse
+
+from vpdeploy.errors import RecipeError
+from vpdeploy.recipe.reading import parse_recipe
+
+
+def problems(changes: dict) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse(changes)
+    return caught.value.problems
+
+
+ONE_PROBLEM = [
+    # unknown keys, at each depth
+    ({"tune": {"epoch": 3}}, "tune.epoch: unknown key; did you mean 'epochs'?"),
+    ({"prompt": {"pixel": {}}}, "prompt.pixel: unknown key; did you mean 'pixels'?"),
+    ({"prompt": {"pixels": {"widht": 2}}}, "prompt.pixels.widht: unknown key; known keys here: kind, size, stages"),
+    ({"tunes": {"epochs": 3}}, "tunes: unknown key; did you mean 'tune'?"),
+    # missing ones
+    ({"model": None}, "model: missing; expected this table"),
+    ({"data": {"name": None}}, "data.name: missing; expected "),
+    # words
+    (
+        {"prompt": {"pixels": {"kind": "padd"}}},
+        "prompt.pixels.kind: got 'padd'; expected 'pad', 'fix', 'random' or 'none'; did you mean 'pad'?",
+    ),
+    ({"tune": {"optimizer": "lion"}}, "tune.optimizer: got 'lion'; expected 'sgd' or 'adamw'"),
+    ({"compare": {"arms": ["dense", "prune", "pruned"]}}, "compare.arms[1]: got 'prune'; expected 'dense', "),
+    # kinds of value
+    ({"tune": {"epochs": "3"}}, "tune.epochs: got '3'; expected a whole number"),
+    ({"tune": {"epochs": 3.0}}, "tune.epochs: got 3.0; expected a whole number"),
+    ({"tune": {"epochs": True}}, "tune.epochs: got True; expected a whole number"),
+    ({"tune": {"weight_lr": "fast"}}, "tune.weight_lr: got 'fast'; expected a number"),
+    ({"search": {"unprompted_step": "no"}}, "search.unprompted_step: got 'no'; expected true or false"),
+    ({"data": {"root": 3}}, "data.root: got 3; expected a text in quotes"),
+    ({"bench": {"batches": 8}}, "bench.batches: got 8; expected a list"),
+    ({"bench": {"batches": [1, "x"]}}, "bench.batches[1]: got 'x'; expected a whole number"),
+    ({"prompt": "pad"}, "prompt: got 'pad'; expected a table"),
+    ({"model": {"args": 3}}, "model.args: got 3; expected a table"),
+    ({"compute": {"workers": "x"}}, "compute.workers: got 'x'; expected 'auto' or a whole number"),
+    ({"compute": {"workers": -1}}, "compute.workers: got -1; expected 'auto' or at least 0"),
+    # ranges
+    ({"tune": {"epochs": 0}}, "tune.epochs: got 0; expected at least 1"),
+    ({"data": {"val_fraction": 1.0}}, "data.val_fraction: got 1.0; expected less than 1"),
+    ({"tune": {"weight_lr": float("inf")}}, "tune.weight_lr: got inf; expected a finite number"),
+    ({"input": {"mean": [0.5, float("nan"), 0.5]}}, "input.mean[1]: got nan; expected a finite number"),
+    ({"bench": {"batches": []}}, "bench.batches: got []; expected at least 1 of them"),
+    ({"model": {"name": ""}}, "model.name: got ''; expected a text that is not empty"),
+    (
+        {"model": {"weights": ""}},
+        "model.weights: got ''; expected a text that is not empty: leave the key out for none",
+    ),
+    ({"data": {"root": ""}}, "data.root: got ''; expected a text that is not empty: leave the key out for none"),
+    (
+        {"compute": {"device": "bogus"}},
+        "compute.device: got 'bogus'; expected 'auto', 'cpu' or 'cuda' or 'cuda:N' with the number of a GPU, such as "
+        "'cuda:1'",
+    ),
+    ({"compute": {"device": "cuda:"}}, "compute.device: got 'cuda:'; expected 'auto', 'cpu' or 'cuda' or 'cuda:N' "),
+    ({"compute": {"device": "cdua"}}, "compute.device: got 'cdua'; expected 'auto', "),
+    # lists: how many, how large, each once
+    ({"bench": {"image_size": [8]}}, "bench.image_size: got [8]; expected 2 numbers"),
+    ({"input": {"mean": [1, 2]}}, "input.mean: got [1, 2]; expected 3 numbers"),
+    ({"input": {"mean": []}}, "input.mean: got []; expected 3 numbers"),
+    ({"input": {"std": [0.1, 0.2, 0.3, 0.4]}}, "input.std: got [0.1, 0.2, 0.3, 0.4]; expected 3 numbers"),
+    (
+        {"input": {"mean": [123.7, 116.3, 103.5]}},
+        "input.mean: got [123.7, 116.3, 103.5]; expected at most 1 for each colour, as pixels are in [0, 1]: "
+        "divide by 255",
+    ),
+    (
+        {"input": {"mean": [-0.5, 0.5, 0.5]}},
+        "input.mean: got [-0.5, 0.5, 0.5]; expected at least 0 for each colour, as pixels are in [0, 1]",
+    ),
+    (
+        {"input": {"std": [58.4, 57.1, 57.4]}},
+        "input.std: got [58.4, 57.1, 57.4]; expected at most 1 for each colour, as pixels are in [0, 1]: divide by 255",
+    ),
+    (
+        {"export": {"forms": ["uint8", "uint8"]}},
+        "export.forms: got ['uint8', 'uint8']; expected each value once: remove the second 'uint8'",
+    ),
+    ({"bench": {"batches": [8, 1, 8]}}, "bench.batches: got [8, 1, 8]; expected each value once: remove the second 8"),
+    ({"bench": {"threads": [2, 2]}}, "bench.threads: got [2, 2]; expected each value once: remove the second 2"),
+    # budgets
+    ({"budget": {"macs_ratio": 0}}, "budget.macs_ratio: got 0; expected more than 0"),
+    ({"budget": {"macs_ratio": 1.01}}, "budget.macs_ratio: got 1.01; expected at most 1"),
+    (
+        {"budget": {"params_ratio": 0.5}},
+        "budget: got macs_ratio and params_ratio; expected exactly one of channel_ratio, macs_ratio, params_ratio: "
+        "remove the others",
+    ),
+    ({"budget": {"macs_ratio": None}}, "budget: got none; expected exactly one of channel_ratio, macs_ratio, "),
+    # what no key can know alone
+    (
+        {"input": {"image_size": 32, "canvas_size": 16}, "prompt": {"pixels": {"size": 2}}},
+        "input.canvas_size: got 16, smaller than input.image_size 32; expected at least that: raise it, or leave it out",
+    ),
+    (
+        {"input": {"image_size": 8}, "prompt": {"pixels": {"size": 4}}},
+        "prompt.pixels.size: got 4; a 'pad' prompt on a canvas of 8 takes at most 3: ",
+    ),
+    (
+        {"input": {"image_size": 8}, "prompt": {"pixels": {"kind": "fix", "size": 9}}},
+        "prompt.pixels.size: got 9; a 'fix' prompt on a canvas of 8 takes at most 8: ",
+    ),
+    ({"compare": {"arms": ["dense"]}}, "compare.arms: 'pruned' is missing; every report compares dense with pruned"),
+    (
+        {"compare": {"arms": ["pruned", "dense", "pruned"]}},
+        "compare.arms: got ['pruned', 'dense', 'pruned']; expected each value once: remove the second 'pruned'",
+    ),
+    (
+        {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"kind": "none"}}},
+        "compare.arms: 'dense+prompt' needs a prompt, but prompt.pixels.kind is 'none'; ",
+    ),
+    (
+        {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"stages": "search"}}},
+        "compare.arms: 'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; ",
+    ),
+    ({"data": {"name": "imagefolder"}}, "data.root: missing; expected the folder or .zip that holds the images"),
+    ({"model": {"head": "flm"}}, "model.head: got 'flm' without model.weights; a label map needs a trained source "),
+    (
+        {"model": {"weights": "DEFAULT"}},
+        "model.weights: got 'DEFAULT' for 'cifar_resnet8'; expected a file that ends in .pt, .pth, .th, .safetensors; "
+        "only 'torchvision:...' networks have weights by name: rename the file",
+    ),
+    ({"model": {"args": {"width": 2}}}, "model.args: got values for 'cifar_resnet8'; only a factory "),
+    ({"fit": {"what": "none"}}, "fit.what: got 'none' without model.weights; expected 'all', or give weights"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ONE_PROBLEM, ids=[message.split(";")[0] for _, message in ONE_PROBLEM])
+def test_one_wrong_thing_gives_one_line(changes, message):
+    (found,) = problems(changes)
+    assert found.startswith(message)
+
+
+def test_every_problem_is_told_at_once():
+    found = problems(
+        {
+            "tune": {"epoch": 3, "optimizer": "sdg"},
+            "data": {"name": "imagefolder", "max_pixels": 0},
+            "budget": {"macs_ratio": 0.5, "channel_ratio": 0.5, "round_to": 0},
+            "input": {"image_size": 32, "canvas_size": 16},
+            "compute": {"workers": "many"},
+        }
+    )
+    keys = {
+        "tune.epoch",
+        "tune.optimizer",
+        "data.max_pixels",
+        "data.root",
+        "budget",
+        "budget.round_to",
+        "compute.workers",
+    }
+    assert {line.split(":")[0] for line in found} >= keys | {"input.canvas_size"}
+    assert len(found) == len(set(found))
+
+
+def test_a_wrong_key_says_nothing_of_the_keys_that_depend_on_it():
+    # With the wrong kind at its default, "pad", a size of 7 on a canvas of 8 would be called too large.
+    found = problems({"input": {"image_size": 8}, "prompt": {"pixels": {"kind": "fxi", "size": 7}}})
+    assert [line.split(":")[0] for line in found] == ["prompt.pixels.kind"]
+
+
+def test_what_is_found_further_is_told_with_the_rest_but_not_of_wrong_keys():
+    def further(recipe):
+        assert recipe.data.root == str(HERE / "d")
+        yield ("data.root",), "data.root: is not there"
+        yield ("model.weights", "model.name"), "model.weights: is not there"
+
+    raw = merged({"data": {"root": "d"}, "model": {"weights": 3}, "tune": {"epochs": 0}})
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(raw, where="r.toml", folder=HERE, further=further)
+    assert sorted(caught.value.problems) == [
+        "data.root: is not there",
+        "model.weights: got 3; expected a text in quotes",
+        "tune.epochs: got 0; expected at least 1",
+    ]
+
+
+def test_the_message_counts_and_names_the_file():
+    with pytest.raises(RecipeError, match=r"^r\.toml: 2 problems\n  tune\.epochs: .*\n  tune\.batch_size: "):
+        parse({"tune": {"epochs": 0, "batch_size": 0}})
+    with pytest.raises(RecipeError, match=r"^r\.toml: 1 problem\n"):
+        parse({"seed": -1})

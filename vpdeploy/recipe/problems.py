@@ -1,0 +1,186 @@
+"""What is wrong with a recipe, one line each: what pydantic says of a key, and what no single key can know."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic_core import ErrorDetails
+
+from vpdeploy.recipe.tables import BUDGETS, CHECKPOINT_SUFFIXES, ModelTable, PixelsTable, Recipe, Table
+
+# What follows from several keys: those keys, dotted, and what is to be told.
+Problem = tuple[tuple[str, ...], str]
+
+
+def explain(errors: Sequence[ErrorDetails]) -> list[str]:
+    """One line for each place that pydantic's errors speak of."""
+    by_place: dict[str, list[ErrorDetails]] = {}
+    for error in errors:
+        by_place.setdefault(_place(_whole(error)), []).append(error)
+    return [_line(place, errors) for place, errors in by_place.items()]
+
+
+def wrong_keys(errors: Sequence[ErrorDetails]) -> list[tuple[str, ...]]:
+    """The recipe's keys that pydantic's errors speak of."""
+    return [_key(error["loc"]) for error in errors]
+
+
+def _table(path: Sequence[str]) -> type[Table] | None:
+    """The table at ``path``, None where a value stands there, or nothing."""
+    table: Any = Recipe
+    for part in path:
+        info = table.model_fields.get(part)
+        if info is None or not isinstance(info.annotation, type) or not issubclass(info.annotation, Table):
+            return None
+        table = info.annotation
+    return table
+
+
+def _key(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """The recipe's key in one of pydantic's locations: below a value come list positions and branches of unions."""
+    parts = [str(part) for part in loc]
+    return tuple(part for i, part in enumerate(parts) if _table(parts[:i]) is not None)
+
+
+def _whole(error: ErrorDetails) -> Sequence[str | int]:
+    """Where ``error`` is: what lacks in a list is a problem of the list."""
+    loc = error["loc"]
+    return loc[:-1] if error["type"] == "missing" and isinstance(loc[-1], int) else loc
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """The dotted key, and the position in it: bench.batches[0]."""
+    return ".".join(_key(loc)) + "".join(f"[{part}]" for part in loc if isinstance(part, int))
+
+
+def _length(key: Sequence[str]) -> int | None:
+    """How many values the list at ``key`` takes; None for any number, and for what is no list."""
+    table = _table(key[:-1])
+    info = table.model_fields.get(key[-1]) if table else None
+    parts = get_args(info.annotation) if info and get_origin(info.annotation) is tuple else (...,)
+    return None if ... in parts else len(parts)
+
+
+# pydantic's kind of error -> what was expected, in its own words and with its context filled in
+EXPECTED = {
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "model_type": "a table",
+    "dict_type": "a table",
+    "tuple_type": "a list",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "a text that is not empty",
+}
+
+
+def _line(place: str, errors: Sequence[ErrorDetails]) -> str:
+    """One line for what pydantic says of one place: key, what came, what was expected (each branch of a union)."""
+    error, key = errors[0], _key(errors[0]["loc"])
+    table, kind, got = _table(key[:-1]), error["type"], error["input"]
+    known = table.model_fields if table else {}
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key[-1], known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{place}: unknown key; {advice}"
+    length = _length(key) if kind in ("missing", "too_long") else None
+    if length is not None:
+        return f"{place}: got {got!r}; expected {length} numbers"
+    if kind == "missing":
+        return f"{place}: missing; expected {known[key[-1]].description or 'this table'}"
+    expected = " or ".join(_expected(one) for one in errors)
+    if kind == "string_too_short" and not known[key[-1]].is_required():
+        expected += ": leave the key out for none"
+    near = difflib.get_close_matches(str(got), [w.strip("'") for w in _words(expected)], n=1, cutoff=0.6)
+    advice = f"; did you mean {near[0]!r}?" if near and kind == "literal_error" else ""
+    return f"{place}: got {got!r}; expected {expected}{advice}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    words = EXPECTED.get(error["type"])
+    return words.format(**error.get("ctx", {})) if words else error["msg"]
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(" or ", ", ").split(", ")
+
+
+def cross_field(recipe: Recipe) -> Iterator[Problem]:
+    """What no single key can know: (the keys that it follows from, problem)."""
+    pixels, canvas, size = recipe.prompt.pixels, recipe.input.canvas, recipe.input.image_size
+    given = [name for name in BUDGETS if getattr(recipe.budget, name) is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        advice = "remove the others" if given else "add it, such as macs_ratio = 0.5"
+        keys = tuple(f"budget.{name}" for name in BUDGETS)
+        yield keys, f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: {advice}"
+    sides = ("input.image_size", "input.canvas_size")
+    if canvas < size:
+        yield (
+            sides,
+            f"input.canvas_size: got {canvas}, smaller than input.image_size {size}; expected at least that: "
+            "raise it, or leave it out",
+        )
+    limit = (canvas - 1) // 2 if pixels.kind == "pad" else canvas
+    if pixels.kind != "none" and pixels.size > limit:
+        yield (
+            ("prompt.pixels.kind", "prompt.pixels.size", *sides),
+            f"prompt.pixels.size: got {pixels.size}; a {pixels.kind!r} prompt on a canvas of {canvas} takes at most "
+            f"{limit}: make it smaller, or set input.canvas_size",
+        )
+    for problem in () if recipe.compare.arms is None else _arm_problems(recipe.compare.arms, pixels):
+        yield ("compare.arms", "prompt.pixels.kind", "prompt.pixels.stages"), f"compare.arms: {problem}"
+    if recipe.data.name == "imagefolder" and not recipe.data.root:
+        yield ("data.name", "data.root"), "data.root: missing; expected the folder or .zip that holds the images"
+    weights = ("model.weights",)
+    if (problem := weights_of_no_file(recipe.model)) is not None:
+        yield (*weights, "model.name"), problem
+    if recipe.model.head in ("flm", "ilm") and not recipe.model.weights:
+        yield (
+            ("model.head", *weights),
+            f"model.head: got {recipe.model.head!r} without model.weights; a label map needs a trained source "
+            "classifier: give weights",
+        )
+    if recipe.model.args and ":" not in recipe.model.name:
+        yield (
+            ("model.args", "model.name"),
+            f'model.args: got values for {recipe.model.name!r}; only a factory ("file.py:factory") or torchvision '
+            "network takes args: remove them",
+        )
+    if recipe.fit.what == "none" and not recipe.model.weights:
+        yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+
+
+def weights_of_no_file(model: ModelTable) -> str | None:
+    """What is wrong with weights that are neither a checkpoint nor torchvision's; None when nothing is."""
+    if model.weights is None or model.weights.endswith(CHECKPOINT_SUFFIXES) or model.name.startswith("torchvision:"):
+        return None
+    return (
+        f"model.weights: got {model.weights!r} for {model.name!r}; expected a file that ends in "
+        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' networks have weights by name: rename the file"
+    )
+
+
+def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
+    for needed in ("dense", "pruned"):
+        if needed not in arms:
+            yield f"{needed!r} is missing; every report compares dense with pruned: add it"
+    if pixels.kind == "none":
+        for arm in dict.fromkeys(arms):
+            if "prompt" in arm:
+                yield f"{arm!r} needs a prompt, but prompt.pixels.kind is 'none'; remove the arm or choose a kind"
+    elif "dense+prompt" in arms and pixels.stages == "search":
+        yield (
+            "'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; remove the arm or use "
+            "'both'"
+        )

@@ -1,0 +1,291 @@
+"""The tables of a recipe: the only definition of the keys; ``docs/recipe.md`` is generated from them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
+ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
+Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
+BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
+Values = TypeVar("Values", bound=tuple[Any, ...])
+
+
+def _each_once(values: Values) -> Values:
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise PydanticCustomError("twice", "each value once: remove the second {value}", {"value": repr(twice[0])})
+    return values
+
+
+def _at_most_one(values: Values) -> Values:
+    if max(values) > 1:
+        raise PydanticCustomError("scale", "at most 1 for each colour, as pixels are in [0, 1]: divide by 255")
+    return values
+
+
+def _not_negative(values: Values) -> Values:
+    if min(values) < 0:
+        raise PydanticCustomError("scale", "at least 0 for each colour, as pixels are in [0, 1]")
+    return values
+
+
+def _numbered_gpu(name: str) -> str:
+    if not re.fullmatch(r"cuda:\d+", name):
+        raise PydanticCustomError("gpu", "'cuda:N' with the number of a GPU, such as 'cuda:1'")
+    return name
+
+
+Colours = Annotated[tuple[float, float, float], AfterValidator(_at_most_one), AfterValidator(_not_negative)]
+Scales = Annotated[tuple[Positive, Positive, Positive], AfterValidator(_at_most_one)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelTable(Table):
+    """Which network, and from which weights."""
+
+    name: str = Field(
+        description='built-in ("cifar_resnet20", 32, 44, 56, 110), "torchvision:resnet18", "path/to/file.py:factory" or "package.module:factory"',
+        min_length=1,
+    )
+    weights: str | None = Field(
+        default=None,
+        description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
+        min_length=1,
+    )
+    head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
+        default="auto",
+        description="auto: keep when class counts agree, else replace; flm, ilm: keep the source classifier and map its classes by frequency (once; again every search epoch)",
+    )
+    classifier: str | None = Field(
+        default=None,
+        description="names the classifier when it is not the last linear layer or 1x1 convolution",
+        min_length=1,
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
+
+
+class DataTable(Table):
+    """Which images."""
+
+    name: str = Field(
+        description='"digits" (embedded), "imagefolder", or a torchvision data set: cifar10, cifar100, flowers102, oxford_pets, dtd, food101, stanford_cars, svhn, gtsrb, eurosat',
+        min_length=1,
+    )
+    root: str | None = Field(
+        default=None,
+        description="folder or .zip: train/CLASS/* and test/CLASS/* (with train/ and val/ alone, val is the test split), or bare CLASS/* with test_fraction",
+        min_length=1,
+    )
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="split off train, stratified and seeded; reported, selects nothing by itself"
+    )
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="test split for data that brings none"
+    )
+    limit_train: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="0 = all; otherwise a stratified, seeded subset of the training images"
+    )
+    limit_test: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="0 = all; otherwise a stratified, seeded subset of the test images, for short trials"
+    )
+    on_bad_image: Literal["fail", "skip"] = Field(default="fail", description="skip: counted and named in the report")
+    max_pixels: Count = Field(default=50_000_000, description="larger images are bad images")
+    augment: Literal["crop-flip", "crop", "flip", "none"] = Field(
+        default="crop-flip",
+        description="crop: shift by image_size / 8 with zero fill; flip: left and right; before canvas and prompt",
+    )
+    download: bool = Field(default=False, description="let torchvision download its data set into root")
+
+
+class InputTable(Table):
+    """From the caller's image to what the backbone sees."""
+
+    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=224, description="side of the resized image, pixels"
+    )
+    canvas_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="side of the zero-padded canvas; absent: image_size"
+    )
+    resize: Literal["stretch", "shorter-side-crop"] = Field(
+        default="stretch", description="how an image becomes square"
+    )
+    mean: Colours = Field(default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
+    std: Scales = Field(default=(0.229, 0.224, 0.225), description="per colour, at most 1", strict=False)
+
+    @property
+    def canvas(self) -> int:
+        return self.canvas_size or self.image_size
+
+
+class PixelsTable(Table):
+    """The learned pixels."""
+
+    kind: Literal["pad", "fix", "random", "none"] = Field(
+        default="pad",
+        description="pad: a frame of width size; fix: top-left square; random: a square moved every forward",
+    )
+    size: Count = Field(default=16, description="width of the frame, or side of the square, pixels")
+    stages: Literal["both", "search", "tune"] = Field(
+        default="both", description="where the prompt is learned; search: then none is exported"
+    )
+
+
+class PromptTable(Table):
+    """The visual prompt."""
+
+    pixels: PixelsTable = Field(default_factory=PixelsTable)
+
+
+class FitTable(Table):
+    """Stage 0: one dense network from which every arm starts."""
+
+    what: Literal["auto", "none", "head", "all"] = Field(
+        default="auto", description="auto: all without weights, head after a replaced head, none otherwise"
+    )
+    epochs: Count = Field(default=5, description="passes over the training split")
+    weight_lr: Positive = Field(default=0.02, description="peak learning rate")
+    batch_size: Count = Field(default=128, description="images per step")
+    weight_decay: NonNegative = Field(default=5e-4, description="not on norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
+
+
+class SearchTable(Table):
+    """Stage 1: scores and prompt, on frozen weights."""
+
+    method: Literal["vpns"] = Field(default="vpns", description="with prompt.pixels.kind none it is the HYDRA baseline")
+    epochs: Count = Field(default=5, description="passes over the training split")
+    batch_size: Count = Field(default=128, description="images per step")
+    score_lr: Positive = Field(default=0.05, description="Adam, cosine decay")
+    prompt_lr: Positive = Field(default=1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
+    score_init: Literal["scaled", "taylor", "random"] = Field(
+        default="scaled",
+        description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)",
+    )
+    unprompted_step: bool = Field(
+        default=False,
+        description="a second step per batch without the prompt, for the scores alone (as the authors' code does)",
+    )
+
+
+class BudgetTable(Table):
+    """What may remain: exactly one of the three ratios."""
+
+    channel_ratio: Fraction | None = Field(
+        default=None, description="of the channels of prunable groups, each group counted once"
+    )
+    macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
+    params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
+    round_to: Count = Field(default=8, description="kept widths are multiples of this, or the full width")
+    max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.9, description="largest share that any one group may lose"
+    )
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
+
+    @property
+    def ratio(self) -> float:
+        return getattr(self, self.kind)
+
+
+class TuneTable(Table):
+    """Stage 2: weights and prompt of the network that ships. The same for every arm."""
+
+    epochs: Count = Field(default=20, description="passes over the training split")
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd has momentum 0.9")
+    weight_lr: Positive = Field(default=0.02, description="cosine decay")
+    prompt_lr: Positive = Field(default=0.02, description="cosine decay; in [0, 1] pixel units")
+    weight_decay: NonNegative = Field(default=5e-4, description="not on prompt, norms and biases")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
+    batch_size: Count = Field(default=128, description="images per step")
+
+
+class ComputeTable(Table):
+    """Where and how training runs. What auto chose is saved in the run folder and reused on resume."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="of the backbone in training; auto: whichever a short measurement says is faster"
+    )
+    channels_last: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="memory layout of the backbone in training"
+    )
+    device: Literal["auto", "cpu", "cuda"] | Annotated[str, AfterValidator(_numbered_gpu)] = Field(
+        default="auto", description='"cuda:1": the GPU of that number; auto: the first GPU, or the CPU'
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="threads that decode images; auto: one per core"
+    )
+
+
+class CompareTable(Table):
+    """Which models stand in the report."""
+
+    arms: Annotated[tuple[Arm, ...], Field(strict=False), AfterValidator(_each_once)] | None = Field(
+        default=None,
+        description="dense and pruned always; dense+prompt: tuned with the prompt; pruned-prompt: search and tune without it. Absent: dense, dense+prompt (with a prompt) and pruned",
+    )
+
+
+class ExportTable(Table):
+    """What is written for the runtime."""
+
+    forms: Annotated[tuple[Literal["uint8", "float"], ...], AfterValidator(_each_once)] = Field(
+        default=("uint8", "float"),
+        description="uint8: [n, h, w, 3], everything inside; float: [n, 3, image_size, image_size] in [0, 1]",
+        strict=False,
+        min_length=1,
+    )
+    opset: Annotated[int, Field(ge=18, le=25)] = Field(default=18, description="ONNX operator set")
+
+
+class BenchTable(Table):
+    """How the exported files are measured."""
+
+    batches: Annotated[tuple[Count, ...], AfterValidator(_each_once)] = Field(
+        default=(1, 8), description="batch sizes", strict=False, min_length=1
+    )
+    threads: Annotated[tuple[Threads, ...], AfterValidator(_each_once)] = Field(
+        default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
+    )
+    seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
+    image_size: tuple[Count, Count] = Field(
+        default=(375, 500), description="[height, width] of the uint8 form's images", strict=False
+    )
+
+
+class Recipe(Table):
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(default=7, description="every random stream is derived from it")
+    model: ModelTable
+    data: DataTable
+    input: InputTable = Field(default_factory=InputTable)
+    prompt: PromptTable = Field(default_factory=PromptTable)
+    fit: FitTable = Field(default_factory=FitTable)
+    search: SearchTable = Field(default_factory=SearchTable)
+    budget: BudgetTable
+    tune: TuneTable = Field(default_factory=TuneTable)
+    compute: ComputeTable = Field(default_factory=ComputeTable)
+    compare: CompareTable = Field(default_factory=CompareTable)
+    export: ExportTable = Field(default_factory=ExportTable)
+    bench: BenchTable = Field(default_factory=BenchTable)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms compared, "dense" first: what the recipe names, or every arm that its prompt allows."""
+        if self.compare.arms is not None:
+            return tuple(arm for arm in ARMS if arm in self.compare.arms)
+        shipped = self.prompt.pixels.kind != "none" and self.prompt.pixels.stages != "search"
+        return ("dense", "dense+prompt", "pruned") if shipped else ("dense", "pruned")
