@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -112,7 +113,8 @@ def _products(network: nn.Module, example: Tensor) -> tuple[dict[str, int], floa
     readers = [(n, m) for n, m in network.named_modules() if isinstance(m, _ConvNd | nn.Linear)]
     handles = [module.register_forward_hook(count(name)) for name, module in readers]
     network.requires_grad_(True)  # or nn.MultiheadAttention takes a fused path, whose products are not seen
-    with torch.enable_grad(), _ProductCounter() as counter:
+    # As plain products, because torch 2.11 has no formula for the CPU's own attention.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _ProductCounter() as counter:
         network(example)
     for handle in handles:
         handle.remove()
