@@ -63,14 +63,14 @@ def export(folder: Path, *, display: Display) -> None:
     """Bake and write every arm's ONNX files, check parity, and package them with vectors for ``verify``."""
     read_recipe(folder)  # a folder that is no run gets no lock file
     with run_folder.locked(folder):
-        export_arms(_reopened(folder, display))
+        export_arms(_asked_for(Stage("export"), folder, display))
 
 
 def bench(folder: Path, *, display: Display) -> None:
     """Measure the exported files. The only stage that opens the test split."""
     read_recipe(folder)
     with run_folder.locked(folder):
-        measure_arms(_reopened(folder, display))
+        measure_arms(_asked_for(Stage("bench"), folder, display))
 
 
 def report(folder: Path) -> Report:
@@ -78,6 +78,15 @@ def report(folder: Path) -> Report:
     read_recipe(folder)
     with run_folder.locked(folder):
         return write_report(folder)
+
+
+def _asked_for(stage: Stage, folder: Path, display: Display) -> Workbench:
+    """The run, opened. Who asks for one stage expects new files and numbers: say so where nothing will be done."""
+    work = _reopened(folder, display)
+    if work.is_done(stage):
+        again = f"vpdeploy run {folder / 'recipe.toml'} -o {folder} --redo {stage.name}"
+        display.say(f"{stage.name}: done before, and nothing that it reads has changed; to do it again: {again}")
+    return work
 
 
 def _reopened(folder: Path, display: Display) -> Workbench:

@@ -39,15 +39,6 @@ def baked(work: Workbench, arm: str, form: str) -> Deployable:
     return bake(read_tuned(work, arm), recipe=work.recipe, classifier=work.built.classifier, form=form)
 
 
-def _done_before(work: Workbench, stage: Stage) -> bool:
-    """Whether ``stage`` has nothing to do; it says so, because who asked for it may expect new numbers."""
-    done = work.is_done(stage)
-    if done:
-        again = f"vpdeploy run {work.run / 'recipe.toml'} -o {work.run} --redo {stage.name}"
-        work.display.say(f"{stage.name}: done before, and nothing that it reads has changed; to do it again: {again}")
-    return done
-
-
 # --- export -------------------------------------------------------------------------------------------------------------
 
 
@@ -55,7 +46,7 @@ def export_arms(work: Workbench) -> None:
     """Every arm in every form: bake, export, parity; then the package around them."""
     package = Stage("export")
     work.require([Stage("tune", arm) for arm in work.recipe.arms], command=f"vpdeploy prune RECIPE -o {work.run}")
-    if _done_before(work, package):
+    if work.is_done(package):
         return
     vectors: dict[str, Vectors] = {}
     with work.doing(package):
@@ -112,7 +103,7 @@ def measure_arms(work: Workbench) -> None:
     """Accuracy on the test split, MACs, parameters, bytes, latency and memory of every exported file."""
     stage, recipe = Stage("bench"), work.recipe
     work.require([Stage("export")], command=f"vpdeploy export {work.run}")
-    if _done_before(work, stage):
+    if work.is_done(stage):
         return
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     with work.doing(stage):
