@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.recipe.paths import relative_to
 from vpdeploy.recipe.writing import dump_recipe
-from vpdeploy.report.compare import About, compare
+from vpdeploy.report.compare import About, compare, prompt_pairs
 from vpdeploy.report.render import render
 from vpdeploy.stages import (
     Ledger,
@@ -56,7 +56,8 @@ def write_report(run: Path) -> Report:
     made = compare(
         arms,
         factors={arm: factors(arms["dense"], arms[arm], seed=recipe.seed) for arm in others},
-        accuracy_difference=_differences(run, others),
+        accuracy_difference=_differences(run, dict.fromkeys(others, "dense")),
+        prompt_difference=_differences(run, prompt_pairs(arms)),
         certificates={arm: _certificate(run, arm) for arm in pruned},
         history=run_folder.read_history(run / "history.jsonl"),
         about=about,
@@ -99,13 +100,15 @@ def _certificate(run: Path, arm: str) -> Certificate:
     return replace(certificate, torch_vs_onnx=parities.forms)
 
 
-def _differences(run: Path, arms: Iterable[str]) -> dict[str, AccuracyDifference]:
+def _differences(run: Path, pairs: Mapping[str, str]) -> dict[str, AccuracyDifference]:
+    """Of each arm against the other one of its pair."""
     arrays = run_folder.read_arrays(run / "predictions.npz")
-    labels, dense = arrays["labels"], arrays["dense"]
-    return {
-        arm: paired_difference(dense == labels, arrays[arm] == labels, predictions_a=dense, predictions_b=arrays[arm])
-        for arm in arms
-    }
+    labels = arrays["labels"]
+
+    def difference(base: np.ndarray, arm: np.ndarray) -> AccuracyDifference:
+        return paired_difference(base == labels, arm == labels, predictions_a=base, predictions_b=arm)
+
+    return {arm: difference(arrays[base], arrays[arm]) for arm, base in pairs.items()}
 
 
 def _pictures(run: Path) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -245,7 +245,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class AccuracyDifference:
-    """This arm minus dense on the same test images, paired; ``changed`` is the share of changed predictions."""
+    """One arm minus another, dense unless said otherwise, paired: on the same test images.
+
+    ``changed`` is the share of changed predictions.
+    """
 
     difference: float
     interval: Interval
@@ -274,6 +277,7 @@ class Report:
     arms: Mapping[str, Measurement]  # the first is the baseline, "dense"
     factors: Mapping[str, Factors]  # every other arm
     accuracy_difference: Mapping[str, AccuracyDifference]
+    prompt_difference: Mapping[str, AccuracyDifference]  # arms with the prompt, each against the same without it
     certificates: Mapping[str, Certificate]  # every pruned arm
     history: tuple[EpochRecord, ...]
     skipped_images: tuple[str, ...]

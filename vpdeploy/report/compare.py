@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from vpdeploy.values import (
     Measurement,
     Report,
 )
+
+# Arms that differ by the prompt alone: with it, without it.
+PROMPT_PAIRS = {"dense+prompt": "dense", "pruned": "pruned-prompt"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ def compare(
     *,
     factors: Mapping[str, Factors],
     accuracy_difference: Mapping[str, AccuracyDifference],
+    prompt_difference: Mapping[str, AccuracyDifference],
     certificates: Mapping[str, Certificate],
     history: Sequence[EpochRecord],
     about: About,
 ) -> Report:
-    """The report of all arms, "dense" first. Factors and differences of every other arm are against dense.
+    """The report of all arms, "dense" first. Factors and accuracy differences of every other arm are against dense, prompt
+    differences of those of PROMPT_PAIRS that stand in it with their partner.
 
     Raises: VpdeployError when factors or differences do not follow from the measurements they stand beside.
     """
@@ -49,6 +54,7 @@ def compare(
         arms=dict(arms),
         factors=dict(factors),
         accuracy_difference=dict(accuracy_difference),
+        prompt_difference=dict(prompt_difference),
         certificates=dict(certificates),
         history=tuple(history),
         skipped_images=tuple(about.skipped_images),
@@ -85,21 +91,33 @@ def _problems(report: Report) -> Iterator[str]:
     unknown = sorted(set(report.certificates) - set(names[1:]))
     if unknown:
         yield f"certificates: got {unknown}; expected arms of the report: {names[1:]}"
+    paired = prompt_pairs(names)
+    if set(report.prompt_difference) != set(paired):
+        yield f"prompt_difference: got {sorted(report.prompt_difference)}; expected {sorted(paired)}"
+        return
     for name in names[1:]:
-        yield from _accuracy_problems(name, report)
+        yield from _accuracy_problems(report, name, "dense", field="accuracy_difference")
         yield from _factor_problems(name, report)
+    for name, without in paired.items():
+        yield from _accuracy_problems(report, name, without, field="prompt_difference")
 
 
-def _accuracy_problems(name: str, report: Report) -> Iterator[str]:
-    dense, arm, difference = report.arms["dense"], report.arms[name], report.accuracy_difference[name]
-    if not difference.n == arm.n == dense.n:
-        yield f"accuracy_difference.{name}.n: got {difference.n}; dense has {dense.n} images, {name} {arm.n}"
-    expected = arm.accuracy_top1 - dense.accuracy_top1
+def prompt_pairs(arms: Iterable[str]) -> dict[str, str]:
+    """Those of PROMPT_PAIRS of which both stand among ``arms``."""
+    there = set(arms)
+    return {given: without for given, without in PROMPT_PAIRS.items() if {given, without} <= there}
+
+
+def _accuracy_problems(report: Report, name: str, other: str, *, field: str) -> Iterator[str]:
+    base, arm, difference = report.arms[other], report.arms[name], getattr(report, field)[name]
+    if not difference.n == arm.n == base.n:
+        yield f"{field}.{name}.n: got {difference.n}; {other} has {base.n} images, {name} {arm.n}"
+    expected = arm.accuracy_top1 - base.accuracy_top1
     if not math.isclose(difference.difference, expected, abs_tol=1e-9):
-        yield f"accuracy_difference.{name}: got {difference.difference}; the accuracies differ by {expected}"
+        yield f"{field}.{name}: got {difference.difference}; the accuracies differ by {expected}"
     low, high = difference.interval
     if not low <= difference.difference <= high:
-        yield f"accuracy_difference.{name}.interval: {difference.interval} does not contain {difference.difference}"
+        yield f"{field}.{name}.interval: {difference.interval} does not contain {difference.difference}"
 
 
 def _factor_problems(name: str, report: Report) -> Iterator[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from vpdeploy.report.compare import PROMPT_PAIRS
 from vpdeploy.report.headline import Settings, describe, factor_at, headline
 from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
-from vpdeploy.values import AccuracyDifference, Interval, LatencyFactor, Measurement, Report
+from vpdeploy.values import AccuracyDifference, Interval, LatencyFactor, Report
 
 ARMS = {
     "dense": "tuned, nothing removed, no prompt",
@@ -81,42 +82,18 @@ def _parting(macs: float, row: LatencyFactor) -> str:
 
 def prompt_effect(report: Report) -> list[str]:
     """What the prompt gave: each comparison is of arms trained with and without it, never one with it switched off."""
-    return [_without_pruning(report), _with_pruning(report)]
+    return [_gain(report, "Without pruning", "dense+prompt"), _gain(report, "With pruning", "pruned")]
 
 
-def _without_pruning(report: Report) -> str:
-    if "dense+prompt" not in report.arms:
-        return "Without pruning: not compared; add the arm 'dense+prompt' to compare.arms."
-    row = report.accuracy_difference["dense+prompt"]
+def _gain(report: Report, when: str, arm: str) -> str:
+    row, without = report.prompt_difference.get(arm), PROMPT_PAIRS[arm]
+    if row is None:
+        missing = next(name for name in (arm, without) if name not in report.arms)
+        return f"{when}: not compared; add the arm '{missing}' to compare.arms."
+    gain = f"{arm} has {points(row.difference, row.n)} points top-1 against {without}"
     bounds = f"paired 95 % interval {points_range(row.interval, row.n)}"
-    gain = f"dense+prompt has {points(row.difference, row.n)} points top-1 against dense"
-    return f"Without pruning: {gain} ({bounds}){_told_apart(row.interval)}."
-
-
-def _with_pruning(report: Report) -> str:
-    if not {"pruned", "pruned-prompt"} <= report.arms.keys():
-        return "With pruning: not compared; add the arm 'pruned-prompt' to compare.arms."
-    given, without = report.arms["pruned"], report.arms["pruned-prompt"]
-    interval = unpaired_interval(without, given)
-    bounds = f"95 % interval {points_range(interval, given.n)}, unpaired and therefore wide"
-    gain = (
-        f"pruned has {points(given.accuracy_top1 - without.accuracy_top1, given.n)} points top-1 against pruned-prompt"
-    )
-    return f"With pruning: {gain} ({bounds}){_told_apart(interval)}."
+    return f"{when}: {gain} ({bounds}){_told_apart(row.interval)}."
 
 
 def _told_apart(interval: Interval) -> str:
     return ", which is not distinguishable from none" if interval[0] <= 0 <= interval[1] else ""
-
-
-def unpaired_interval(a: Measurement, b: Measurement) -> Interval:
-    """Of accuracy b minus accuracy a, from their own intervals alone.
-
-    Newcombe's method 10 (Statistics in Medicine 17, 1998, 873-890), for independent samples: where both arms are right
-    on mostly the same images, it is wider than a paired interval.
-    """
-    difference = b.accuracy_top1 - a.accuracy_top1
-    (low_a, high_a), (low_b, high_b) = a.accuracy_top1_interval, b.accuracy_top1_interval
-    below = math.hypot(b.accuracy_top1 - low_b, high_a - a.accuracy_top1)
-    above = math.hypot(high_b - b.accuracy_top1, a.accuracy_top1 - low_a)
-    return difference - below, difference + above

@@ -16,7 +16,7 @@ from vpdeploy.report.numbers import amount, percent, points, significant, tiny
 from vpdeploy.report.render import fenced, markdown_text, render
 from vpdeploy.report.sheets import last_epochs
 from vpdeploy.report.table import comparison_table
-from vpdeploy.report.verdict import prompt_effect, unpaired_interval, verdicts
+from vpdeploy.report.verdict import prompt_effect, verdicts
 from vpdeploy.values import (
     AccuracyDifference,
     Certificate,
@@ -121,6 +121,10 @@ def example_report(
             name: AccuracyDifference(arms[name].accuracy_top1 - arms["dense"].accuracy_top1, bounds, 0.041, N)
             for name, bounds in changes.items()
         },
+        prompt_difference={
+            "dense+prompt": AccuracyDifference(0.9375 - 0.9362, (-0.0018, 0.0044), 0.041, N),
+            "pruned": AccuracyDifference(0.9281 - 0.9262, (0.0004, 0.0035), 0.052, N),
+        },
         certificates={"pruned": _certificate(groups, reason), "pruned-prompt": _certificate(groups, reason)},
         history=_history(arms),
         about=About(
@@ -184,6 +188,15 @@ def test_dense_comes_first_and_every_arm_is_compared_with_it(report):
         check_consistency(replace(report, arms=dict(reversed(report.arms.items()))))
     with pytest.raises(VpdeployError, match=r"factors: got \[\]; expected every arm but dense"):
         check_consistency(replace(report, factors={}))
+    with pytest.raises(VpdeployError, match=r"prompt_difference: got \[\]; expected \['dense\+prompt', 'pruned'\]"):
+        check_consistency(replace(report, prompt_difference={}))
+
+
+def test_a_prompt_difference_follows_from_its_two_arms(report):
+    wrong = replace(report.prompt_difference["pruned"], difference=0.002, n=3)
+    with pytest.raises(VpdeployError, match=r"prompt_difference.pruned: got 0.002; .*") as error:
+        check_consistency(replace(report, prompt_difference={**report.prompt_difference, "pruned": wrong}))
+    assert "prompt_difference.pruned.n: got 3; pruned-prompt has 10000 images" in str(error.value)
 
 
 # --- words ---------------------------------------------------------------
@@ -239,22 +252,15 @@ def test_the_prompt_is_judged_by_arms_trained_with_and_without_it(report):
     assert "dense+prompt has +0.13 points top-1 against dense" in without_pruning
     assert "not distinguishable from none" in without_pruning
     assert "pruned has +0.19 points top-1 against pruned-prompt" in with_pruning
-    assert "unpaired" in with_pruning
+    assert "(paired 95 % interval +0.04 to +0.35)." in with_pruning
 
 
 def test_without_the_arms_the_report_says_which_to_add(report):
-    small = replace(report, arms={"dense": report.arms["dense"], "pruned": report.arms["pruned"]})
+    small = replace(report, arms={name: report.arms[name] for name in ("dense", "pruned")}, prompt_difference={})
     assert [re.findall("'([^']+)'", sentence) for sentence in prompt_effect(small)] == [
         ["dense+prompt"],
         ["pruned-prompt"],
     ]
-
-
-def test_the_unpaired_interval_is_newcombes():
-    # Newcombe 1998, table II (a): 56/70 against 48/80, method 10: 0.0524 to 0.3339.
-    a = replace(_measurement(48 / 80, macs=1, params=1, p50=1, seed=0), accuracy_top1_interval=(0.4904, 0.7004))
-    b = replace(_measurement(56 / 70, macs=1, params=1, p50=1, seed=0), accuracy_top1_interval=(0.6918, 0.8769))
-    assert unpaired_interval(a, b) == pytest.approx((0.0524, 0.3339), abs=3e-4)
 
 
 def test_figures_have_few_digits_and_a_true_minus():
