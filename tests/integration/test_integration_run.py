@@ -213,7 +213,7 @@ def test_a_change_that_would_train_again_is_refused_and_redone_when_asked(copied
         f"error: {copied}: holds another recipe's run: tune.epochs was 2, is 1. Going on would train 'tune:dense' again: "
         "choose another folder with -o, or train again from there with --redo tune\n"
     )
-    assert rewritten(before, files_of(copied)) == set()
+    assert rewritten(before, files_of(copied)) <= {".lock"}  # which some versions of filelock touch
     asked = here(capsys, "prune", *changed[1:], "--redo", "tune")
     assert asked.status == 0
     assert [line for line in asked.err.splitlines() if line.endswith(" ...")] == ["tune:dense ...", "tune:pruned ..."]
@@ -231,7 +231,7 @@ def test_another_recipes_run_is_refused(copied, tmp_path, capsys):
     assert (done.status, done.out) == (1, "")
     assert "holds another recipe's run: model.name was 'cifar_resnet8', is 'cifar_resnet14'" in done.err
     assert "choose another folder with -o" in done.err
-    assert rewritten(before, files_of(copied)) == set()
+    assert rewritten(before, files_of(copied)) <= {".lock"}  # which some versions of filelock touch
 
 
 def test_a_removed_result_is_made_again_and_nothing_before_it(run, copied, capsys):
