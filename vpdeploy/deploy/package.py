@@ -61,10 +61,12 @@ def write_package(
 ) -> None:
     """Write labels.txt, vectors.npz, README.md, verify.py and, last of all, manifest.json into ``folder``.
 
-    ``vectors`` maps the name of each .onnx file, which must lie in ``folder`` already, to its test vectors.
+    ``vectors`` maps the name of each .onnx file, which must lie in ``folder`` already, to its test vectors. Other .onnx
+    files there are removed.
 
-    Raises: RunFolderError when a file cannot be read or written.
+    Raises: RunFolderError when a file cannot be read, written or removed.
     """
+    _drop_others(folder, vectors)
     arrays, keys = _named(vectors)
     beside = {
         "labels.txt": "".join(" ".join(name.splitlines()) + "\n" for name in classes).encode(),
@@ -83,6 +85,19 @@ def write_package(
         "vectors": keys,
     }
     write_bytes(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _drop_others(folder: Path, vectors: Mapping[str, Vectors]) -> None:
+    """Left by an earlier export with other arms or forms, of another network perhaps: ``verify`` would refuse them."""
+    for path in folder.glob("*.onnx"):
+        if path.name not in vectors:
+            try:
+                path.unlink()
+            except OSError as e:
+                raise RunFolderError(
+                    f"{path}: cannot be removed ({e.strerror or e}); expected only the files that were just exported: "
+                    "remove it, then export again"
+                ) from e
 
 
 def _named(vectors: Mapping[str, Vectors]) -> tuple[dict[str, np.ndarray], dict[str, list[tuple[str, str]]]]:

@@ -25,6 +25,7 @@ except ImportError as e:
 SCHEMA = 1
 MARGIN = 10  # a top-1 is decided when its lead over the second exceeds this many times the absolute error
 AGAIN = "copy it again from where it was exported, or export again (vpdeploy export RUN)"
+EVERY = "expected every .onnx file with its checksum and test vectors"
 
 
 class VerifyError(Exception):
@@ -62,6 +63,7 @@ def verify(folder: Path) -> list[str]:
     """
     folder = _export_folder(Path(folder))
     manifest = _manifest(folder / "manifest.json")
+    _check_listed(folder, manifest)
     lines = []
     for name, entry in sorted(manifest["files"].items()):
         _check_file(folder, name, entry)
@@ -125,6 +127,20 @@ def _inside(folder: Path, name: str) -> Path:
             "beside it. Do not use this folder: export again"
         )
     return path
+
+
+def _check_listed(folder: Path, manifest: dict) -> None:
+    """Of a file that the manifest does not list nothing would be checked, and nothing would say so."""
+    path, files, vectors = folder / "manifest.json", manifest["files"], manifest["vectors"]
+    exported = {name for name in files if name.endswith(".onnx")} | {found.name for found in folder.glob("*.onnx")}
+    for name in sorted(exported):
+        missing = "checksum" if name not in files else "test vectors"
+        if name not in files or name not in vectors:
+            raise VerifyError(
+                f"{path}: lists no {missing} of {name}; {EVERY}: take away what is not exported, or {AGAIN}"
+            )
+    if not exported:
+        raise VerifyError(f"{path}: lists {len(files)} files and no .onnx file among them; {EVERY}: {AGAIN}")
 
 
 def _check_file(folder: Path, name: str, entry: dict) -> None:

@@ -154,6 +154,19 @@ def test_an_exported_file_that_is_missing_is_named(tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_what_an_earlier_export_left_goes(tmp_path):
+    write_run(tmp_path)
+    folder = write_run(tmp_path, forms=("uint8",))
+    assert sorted(path.name for path in folder.glob("*.onnx")) == ["dense.onnx", "pruned.onnx"]
+    assert verify(folder)[0] == "6 files: checksums agree"
+
+
+def test_what_cannot_be_removed_is_named(tmp_path):
+    (tmp_path / "old.onnx").mkdir()
+    with pytest.raises(RunFolderError, match=r"old\.onnx: cannot be removed \(.*remove it, then export again"):
+        write_package(tmp_path, vectors={}, classes=CLASSES, recipe=recipe_of(), version="1")
+
+
 @pytest.mark.parametrize("how", ["stretch", "shorter-side-crop"])
 @pytest.mark.parametrize("forms", [("uint8", "float"), ("float",)])
 def test_the_snippet_in_the_readme_works_when_pasted(tmp_path, forms, how):
@@ -292,6 +305,35 @@ def test_a_damaged_manifest_is_a_clear_error(folder, edit, message):
     edit_manifest(folder, edit)
     with pytest.raises(VerifyError, match=message):
         verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda m: (m["files"].pop("dense.onnx"), m["vectors"].pop("dense.onnx")), "no checksum of dense.onnx"),
+        (lambda m: m["vectors"].pop("dense.onnx"), "no test vectors of dense.onnx"),
+        (lambda m: m.update(files={}, vectors={}), "no checksum of dense.float.onnx"),
+        (lambda m: m.update(vectors={}), "no test vectors of dense.float.onnx"),
+    ],
+)
+def test_an_exported_file_that_would_not_be_checked_is_an_error(folder, edit, said):
+    edit_manifest(folder, edit)
+    with pytest.raises(VerifyError) as raised:
+        verify(folder)
+    assert str(raised.value).startswith(
+        f"{folder / 'manifest.json'}: lists {said}; expected every .onnx file with its checksum and test vectors: "
+    )
+    assert "export again" in str(raised.value)
+
+
+def test_a_manifest_of_nothing_is_an_error(folder, capsys):
+    for path in folder.glob("*.onnx"):
+        path.unlink()
+    edit_manifest(folder, lambda m: m.update(files={}, vectors={}))
+    assert main([str(folder)]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "manifest.json: lists 0 files and no .onnx file among them; expected every .onnx file with" in told.err
 
 
 def test_a_manifest_that_is_no_json_is_a_clear_error(folder):
