@@ -12,12 +12,15 @@ from vpdeploy.recipe.tables import BUDGETS, CHECKPOINT_SUFFIXES, ModelTable, Pix
 
 # What follows from several keys: those keys, dotted, and what is to be told.
 Problem = tuple[tuple[str, ...], str]
+BENCH_BYTES = 4 * 2**30  # of one input: on top come the network's own tensors, for each arm
 
 
 def explain(errors: Sequence[ErrorDetails]) -> list[str]:
     """One line for each place that pydantic's errors speak of."""
     by_place: dict[str, list[ErrorDetails]] = {}
     for error in errors:
+        if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+            continue  # pydantic counts right items only: what is wrong are the items, told at their own places
         by_place.setdefault(_place(_whole(error)), []).append(error)
     return [_line(place, errors) for place, errors in by_place.items()]
 
@@ -159,6 +162,23 @@ def cross_field(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.fit.what == "none" and not recipe.model.weights:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+    yield from _bench_problem(recipe)
+
+
+def _bench_problem(recipe: Recipe) -> Iterator[Problem]:
+    """Whether the largest input that ``bench`` would make fits in memory: it is made last, after all training."""
+    side, (height, width) = recipe.input.image_size, recipe.bench.image_size
+    image_bytes = {"uint8": height * width * 3, "float": 3 * side * side * 4}
+    form = max(recipe.export.forms, key=image_bytes.__getitem__)
+    key, size = ("bench.image_size", [height, width]) if form == "uint8" else ("input.image_size", side)
+    batch = max(recipe.bench.batches)
+    if batch * image_bytes[form] > BENCH_BYTES:
+        yield (
+            ("bench.batches", "export.forms", key),
+            f"bench.batches: got {batch}; with {key} = {size} the {form!r} form's input would be "
+            f"{batch * image_bytes[form]:,} bytes, expected at most {BENCH_BYTES:,} (4 GiB): a batch of at most "
+            f"{BENCH_BYTES // image_bytes[form]}, or a smaller {key}",
+        )
 
 
 def weights_of_no_file(model: ModelTable) -> str | None:

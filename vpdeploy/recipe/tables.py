@@ -13,6 +13,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
+BenchSide = Annotated[int, Field(ge=1, le=16384)]
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
@@ -262,7 +263,7 @@ class BenchTable(Table):
         default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
     )
     seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
-    image_size: tuple[Count, Count] = Field(
+    image_size: tuple[BenchSide, BenchSide] = Field(
         default=(375, 500), description="[height, width] of the uint8 form's images", strict=False
     )
 

@@ -87,6 +87,14 @@ ONE_PROBLEM = [
     ),
     ({"bench": {"batches": [8, 1, 8]}}, "bench.batches: got [8, 1, 8]; expected each value once: remove the second 8"),
     ({"bench": {"threads": [2, 2]}}, "bench.threads: got [2, 2]; expected each value once: remove the second 2"),
+    # lists long enough, whose items are wrong
+    ({"bench": {"threads": [0]}}, "bench.threads[0]: got 0; expected at least 1"),
+    ({"bench": {"batches": ["a"]}}, "bench.batches[0]: got 'a'; expected a whole number"),
+    (
+        {"export": {"forms": ["flaot"]}},
+        "export.forms[0]: got 'flaot'; expected 'uint8' or 'float'; did you mean 'float'?",
+    ),
+    ({"bench": {"image_size": [8, 16385]}}, "bench.image_size[1]: got 16385; expected at most 16384"),
     # budgets
     ({"budget": {"macs_ratio": 0}}, "budget.macs_ratio: got 0; expected more than 0"),
     ({"budget": {"macs_ratio": 1.01}}, "budget.macs_ratio: got 1.01; expected at most 1"),
@@ -131,6 +139,23 @@ ONE_PROBLEM = [
     ),
     ({"model": {"args": {"width": 2}}}, "model.args: got values for 'cifar_resnet8'; only a factory "),
     ({"fit": {"what": "none"}}, "fit.what: got 'none' without model.weights; expected 'all', or give weights"),
+    # bench's inputs: 375 x 500 x 3 bytes an image in uint8, 3 x 224 x 224 x 4 in float
+    (
+        {"bench": {"batches": [1, 10**9]}},
+        "bench.batches: got 1000000000; with input.image_size = 224 the 'float' form's input would be "
+        "602,112,000,000,000 bytes, expected at most 4,294,967,296 (4 GiB): a batch of at most 7133, or a smaller "
+        "input.image_size",
+    ),
+    (
+        {"bench": {"batches": [10**9]}, "export": {"forms": ["uint8"]}},
+        "bench.batches: got 1000000000; with bench.image_size = [375, 500] the 'uint8' form's input would be "
+        "562,500,000,000,000 bytes, expected at most 4,294,967,296 (4 GiB): a batch of at most 7635, or a smaller "
+        "bench.image_size",
+    ),
+    (
+        {"bench": {"image_size": [16384, 16384]}},  # 805,306,368 bytes an image: five fit, the default of 8 do not
+        "bench.batches: got 8; with bench.image_size = [16384, 16384] the 'uint8' form's input would be 6,442,450,944 ",
+    ),
 ]
 
 
@@ -138,6 +163,13 @@ ONE_PROBLEM = [
 def test_one_wrong_thing_gives_one_line(changes, message):
     (found,) = problems(changes)
     assert found.startswith(message)
+
+
+def test_the_largest_input_that_bench_may_make_is_fine():
+    assert parse({"bench": {"batches": [7133]}}).bench.batches == (7133,)
+    assert parse({"bench": {"batches": [5], "image_size": [16384, 16384]}}).bench.batches == (5,)
+    uint8 = {"bench": {"batches": [7135]}, "export": {"forms": ["uint8"]}}  # too many for the form that is not made
+    assert parse(uint8).export.forms == ("uint8",)
 
 
 def test_every_problem_is_told_at_once():
