@@ -61,11 +61,14 @@ def build_selector(
 ) -> Selector:
     """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain, ``ratio`` of the dense ``budget``.
 
-    Raises: SurgeryError without any group to prune; BudgetError naming the best reachable ratio when the narrowest allowed
-    widths still cost too much.
+    Raises: BudgetError naming the best reachable ratio when the narrowest allowed widths still cost too much, and without
+    any group to prune.
     """
     if not groups and ratio < 1:
-        raise SurgeryError("nothing can be removed: no channel group is exact; `vpdeploy inspect` gives the reasons")
+        raise BudgetError(
+            f"budget.{budget}: got {ratio:g}; the best reachable is 1, as nothing can be removed: no channel group is exact; "
+            "`vpdeploy inspect` gives the reasons"
+        )
     widths = np.array([group.width for group in groups], np.int64)
     starts = np.concatenate([[0], np.cumsum(widths)])[:-1].astype(np.int64)
     blocks: list[tuple[int, int, int, bool]] = []  # place, group, width, must stay

@@ -132,10 +132,12 @@ def test_the_best_reachable_value_itself_is_reachable():
 
 
 def test_without_groups_only_a_ratio_of_one_can_be_met():
-    with pytest.raises(
-        SurgeryError, match="nothing can be removed: no channel group is exact; `vpdeploy inspect` gives"
-    ):
+    with pytest.raises(BudgetError) as caught:
         selector(ratio=0.5)
+    assert str(caught.value) == (
+        "budget.channel_ratio: got 0.5; the best reachable is 1, as nothing can be removed: no channel group is exact; "
+        "`vpdeploy inspect` gives the reasons"
+    )
     empty = select(selector(ratio=1.0), {})
     assert empty.mask.keep == {} and empty.reached == 1
 
