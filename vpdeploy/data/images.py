@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +28,20 @@ from vpdeploy.errors import DataError
 # Named, because some of Pillow's other formats run external programs (EPS) on what they are given.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SHRINK_OR_RAISE = "shrink it, leave it out or raise data.max_pixels"
 ORIENTATION = 0x0112  # EXIF tag
 _PILLOW_LIMIT = threading.Lock()
+# "Corrupt EXIF data" and its like are said of images that decode well, and beside the real error of those that do not.
+# Here for good and not around each decoding: threads share the filters, and catch_warnings in one undoes another's.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def decode(source: bytes | Path, name: str, *, max_pixels: int) -> np.ndarray:
+def decode(source: bytes | Path, name: str, *, max_pixels: int, too_large: str = SHRINK_OR_RAISE) -> np.ndarray:
     """One image as RGB. -> uint8 [h, w, 3], EXIF orientation applied, transparency on black, 16-bit grey over 257.
 
-    The first frame of an animation. ``name`` stands in messages.
+    The first frame of an animation. 16-bit colour is reduced by Pillow as it loads: PPM is scaled as grey is; of PNG and
+    TIFF the low byte is dropped, at most one level of 255 from 1/257 rounded, and a PNG's one transparent colour (tRNS)
+    is not recognised. ``name`` stands in messages, ``too_large`` in the one on ``max_pixels``.
 
     Raises: DataError when it is no image, truncated, of a mode without a fixed range, or has more than ``max_pixels``.
     """
@@ -49,8 +56,7 @@ def decode(source: bytes | Path, name: str, *, max_pixels: int) -> np.ndarray:
             w, h = image.size
             if w * h > max_pixels:
                 raise DataError(
-                    f"{name}: {w} x {h} is {w * h:,} pixels; at most {max_pixels:,} are accepted: shrink it,"
-                    " leave it out or raise data.max_pixels"
+                    f"{name}: {w} x {h} is {w * h:,} pixels; at most {max_pixels:,} are accepted: {too_large}"
                 )
             _load(image)
             # After loading: Pillow applies a TIFF's orientation itself and then takes the tag away.

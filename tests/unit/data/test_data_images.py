@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,28 @@ def test_16_bit_grey_is_scaled_by_257_and_rounded(kind):
     assert image.shape == (1, 9, 3)
 
 
+def png_16_bit_colour(values: np.ndarray) -> bytes:
+    """uint16 [h, w, 3] as a PNG, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    h, w, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)  # filter 0: as they are
+    header = struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_16_bit_colour_is_within_one_level_of_a_257th():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    colours = np.stack([values, values.T, values[::-1]], axis=2)
+    scaled = np.rint(colours / 257).astype(int)
+    assert np.abs(decode(png_16_bit_colour(colours), "a", max_pixels=LIMIT) - scaled).max() == 1  # the low byte is lost
+    ppm = b"P6 256 256 65535\n" + colours.astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode(ppm, "a", max_pixels=LIMIT), scaled)
+
+
 def test_16_bit_grey_with_a_transparent_value():
     content = encoded(Image.fromarray(np.array([[1000, 60000]], dtype=np.uint16)), transparency=60000)
     np.testing.assert_array_equal(decode(content, "a", max_pixels=LIMIT)[..., 0], [[4, 0]])
@@ -158,6 +182,11 @@ def test_too_many_pixels_are_refused_before_decoding():
         decode(content[:50], "a.png", max_pixels=109)  # nothing but the header is there
 
 
+def test_who_asks_says_what_helps_against_too_many():
+    with pytest.raises(DataError, match=r"^a: 7 x 5 is 35 pixels; at most 34 are accepted: ask again$"):
+        decode(png(RGB), "a", max_pixels=34, too_large="ask again")
+
+
 def test_pillows_own_limit_neither_speaks_nor_blocks(monkeypatch):
     content = png(RGB)
     for limit in (20, 10):  # Pillow warns above its limit and raises above twice its limit
@@ -187,6 +216,26 @@ def test_a_truncated_image_is_refused(kind):
     content = encoded(Image.fromarray(noise), kind)
     with pytest.raises(DataError, match=r"^a: not a readable image \(.+\); expected a whole JPEG, .* or leave it out$"):
         decode(content[: len(content) // 2], "a", max_pixels=LIMIT)
+
+
+def test_pillow_says_nothing_beside_the_one_error(tmp_path):
+    short_exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"  # five entries, of which two bytes are there
+    whole = encoded(Image.fromarray(RGB), "JPEG", exif=short_exif)
+    with pytest.warns(UserWarning), Image.open(io.BytesIO(whole)) as image:
+        image.getexif()
+    (tmp_path / "whole.jpg").write_bytes(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole[:-40])
+    # In a process of its own: pytest sets its own filters before every test.
+    code = (
+        "import sys; from pathlib import Path; from vpdeploy.data.images import decode\n"
+        "from vpdeploy.errors import DataError\n"
+        "print(decode(Path('whole.jpg'), 'whole.jpg', max_pixels=99).shape)\n"
+        "try: decode(Path('cut.jpg'), 'cut.jpg', max_pixels=99)\n"
+        "except DataError as e: print(e, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "(5, 7, 3)\n"
+    assert done.stderr.startswith("cut.jpg: not a readable image (") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
