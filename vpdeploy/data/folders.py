@@ -7,13 +7,14 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vpdeploy.data.archives import list_zip
 from vpdeploy.data.images import SUFFIXES, decode
-from vpdeploy.data.refs import ImageRefs, Opened
+from vpdeploy.data.refs import Files, ImageRefs, Opened
 from vpdeploy.errors import DataError
 
 LAYOUT = "train/CLASS/* and test/CLASS/*, or CLASS/*"
@@ -33,7 +34,8 @@ def open_imagefolder(root: str | None, *, max_pixels: int) -> Opened:
     if path.is_dir():
         top = path.resolve()
         marks = {name: mark for name, mark in walk(top, top) if _is_image(name)}
-        return _opened(marks, _from_disk(top, max_pixels=max_pixels), where=str(path))
+        opened = _opened(marks, _from_disk(top, max_pixels=max_pixels), where=str(path))
+        return replace(opened, files=Files(top, tuple(sorted(marks))))
     if not path.exists():
         raise DataError(no_such_root(path))
     entries, read = list_zip(path)
@@ -47,8 +49,8 @@ def no_such_root(path: Path) -> str:
     return f"data.root: {path} does not exist; expected a folder or .zip with {LAYOUT}: check the path"
 
 
-def walk(folder: Path, root: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Every file that is not hidden, as (name relative to root, (bytes, mtime_ns)).
+def walk(folder: Path, root: Path, *, above: tuple[Path, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every file that is not hidden, as (name relative to root, how ``touched`` marks it).
 
     Raises: DataError at a symbolic link that leaves ``root``, leads nowhere or goes in a circle.
     """
@@ -67,15 +69,19 @@ def walk(folder: Path, root: Path, *, above: tuple[Path, ...] = ()) -> Iterator[
         if entry.is_dir():
             yield from walk(path, root, above=(*above, folder.resolve()))
         elif entry.is_file():
-            status = entry.stat()
-            yield path.relative_to(root).as_posix(), (status.st_size, status.st_mtime_ns)
+            yield path.relative_to(root).as_posix(), touched(entry.stat())
 
 
-def fingerprint_of(marks: Iterable[tuple[str, tuple[int, int]]]) -> str:
-    """sha256 over sorted names and their marks: (bytes, mtime_ns) on disk, (CRC, bytes) in a zip."""
+def touched(status: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was written, or only touched: (bytes, mtime_ns, ctime_ns). The last cannot be set back."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def fingerprint_of(marks: Iterable[tuple[str, tuple[int | str, ...]]]) -> str:
+    """sha256 over sorted names and their marks: ``touched`` or a hash on disk, (CRC, bytes) in a zip."""
     digest = hashlib.sha256()
-    for name, (a, b) in sorted(marks):
-        digest.update(f"{name}\0{a}\0{b}\n".encode("utf-8", "surrogateescape"))
+    for name, mark in sorted(marks):
+        digest.update("\0".join((name, *map(str, mark))).encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
 
 
@@ -92,7 +98,7 @@ def _check_link(path: Path, root: Path, *, above: tuple[Path, ...]) -> None:
         raise DataError(f"{path}: a symbolic link to a folder that it lies in; expected no circles: remove it")
 
 
-def _opened(marks: Mapping[str, tuple[int, int]], read: Callable[[str], np.ndarray], *, where: str) -> Opened:
+def _opened(marks: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], *, where: str) -> Opened:
     """Splits and classes from the names of the images. ``read`` decodes one by name."""
     splits = _layout(marks)
     if not splits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,27 +22,41 @@ class ImageRefs:
 
 
 @dataclass(frozen=True)
+class Files:
+    """What a data set consists of on disk; ``names`` lie below ``root``."""
+
+    root: Path
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Opened:
     """A data set as it lies on disk. ``splits``: "train", "test" and perhaps "val", or "all" where it has none.
 
-    ``where`` names it in messages.
+    ``where`` names it in messages; ``fingerprint`` and ``files`` are as in DataSource.
     """
 
     classes: tuple[str, ...]
     splits: Mapping[str, ImageRefs]
     fingerprint: str
     where: str
+    files: Files | None = None
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set with its three splits. ``fingerprint`` changes when the files do."""
+    """A data set with its three splits.
+
+    ``fingerprint`` changes when the files do. Where ``files`` are given it is made of their sizes and times, and changes
+    too when one is only touched: their bytes are what counts, and have not been read yet.
+    """
 
     classes: tuple[str, ...]
     train: ImageRefs
     val: ImageRefs
     test: ImageRefs
     fingerprint: str
+    files: Files | None = None
 
 
 def take(refs: ImageRefs, positions: Sequence[int]) -> ImageRefs:

@@ -40,6 +40,7 @@ def open_source(table: DataTable, *, seed: int) -> DataSource:
         val,
         limit(test, table.limit_test, seed=(seed, LIMIT_TEST)),
         opened.fingerprint,
+        opened.files,
     )
 
 

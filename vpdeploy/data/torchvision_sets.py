@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vpdeploy.data.folders import fingerprint_of, walk
+from vpdeploy.data.folders import fingerprint_of, touched, walk
 from vpdeploy.data.images import decode
-from vpdeploy.data.refs import ImageRefs, Opened
+from vpdeploy.data.refs import Files, ImageRefs, Opened
 from vpdeploy.errors import DataError
 from vpdeploy.recipe.tables import DataTable
 
@@ -88,7 +88,9 @@ def open_torchvision(table: DataTable) -> Opened:
         split: _refs(items, labels, f"{table.name}/{split}", max_pixels=table.max_pixels, root=root)
         for split, (items, labels, _) in listed.items()
     }
-    return Opened(classes, splits, fingerprint_of(_files(spec, root)), f"{table.name} in {root}")
+    marks = _marks(spec, root.resolve())
+    files = Files(root.resolve(), tuple(sorted(marks)))
+    return Opened(classes, splits, fingerprint_of(marks.items()), f"{table.name} in {root}", files)
 
 
 def no_root(name: str) -> str:
@@ -128,15 +130,13 @@ def _refs(items: Sequence[Any], labels: Sequence[int], split: str, *, max_pixels
     )
 
 
-def _files(spec: SetSpec, root: Path) -> list[tuple[str, tuple[int, int]]]:
-    """What the set owns below root, for the fingerprint: root may hold other sets too."""
-    marks: list[tuple[str, tuple[int, int]]] = []
-    top = root.resolve()
+def _marks(spec: SetSpec, root: Path) -> dict[str, tuple[int, ...]]:
+    """What the set owns below root, marked as by ``walk``: root may hold other sets too."""
+    marks: dict[str, tuple[int, ...]] = {}
     for name in spec.files:
-        path = top / name
+        path = root / name
         if path.is_dir():
-            marks += walk(path.resolve(), path.resolve())
+            marks |= {f"{name}/{inner}": mark for inner, mark in walk(path.resolve(), path.resolve())}
         elif path.is_file():
-            status = path.stat()
-            marks.append((name, (status.st_size, status.st_mtime_ns)))
+            marks[name] = touched(path.stat())
     return marks
