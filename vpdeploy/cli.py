@@ -79,7 +79,7 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except VpdeployError as e:
-        err.print(f"[bold red]error:[/] {_plain(str(e))}", soft_wrap=True, highlight=False)
+        _say_error(str(e))
         sys.exit(1)
     except SystemExit as e:
         if e.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
@@ -87,6 +87,10 @@ def _user_errors() -> Iterator[None]:
                 "interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True
             )
         raise
+
+
+def _say_error(message: str) -> None:
+    err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True, highlight=False)
 
 
 def _plain(text: str) -> str:
@@ -201,7 +205,8 @@ def _print_inspection(found) -> None:
         status = {"exact": "[green]exact[/]", "approximate": "[yellow]approximate[/]"}.get(
             row.status, f"[red]{row.status}[/]"
         )
-        table.add_row(row.root, str(row.width), f"{row.macs_share:.1%}", str(row.narrowest), status, _plain(row.reason))
+        share = "-" if row.macs_share is None else f"{row.macs_share:.1%}"
+        table.add_row(row.root, str(row.width), share, str(row.narrowest), status, _plain(row.reason))
     out.print(table)
     out.print(
         f"{found.macs:,} MACs, {found.params:,} parameters; exact groups can reach macs_ratio {found.min_macs_ratio_exact:.3f}, "
@@ -217,12 +222,17 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files")],
     top: Annotated[int, typer.Option(min=1, help="how many classes to show")] = 5,
 ) -> None:
-    """Classify image files by the exported file alone."""
+    """Classify image files by the exported file alone. One that cannot be read is an error, after all the others."""
     from vpdeploy.deploy.predict import predict as predict_images
 
-    for found in predict_images(onnx, images, top=top):
+    predictions = predict_images(onnx, images, top=top)
+    for found in predictions.made:
         shown = "  ".join(f"{name} {p:.1%}" for name, p in zip(found.names, found.probabilities, strict=True))
         out.print(f"{found.image}: {shown}", soft_wrap=True, highlight=False, markup=False)
+    for problem in predictions.problems:
+        _say_error(problem)
+    if predictions.problems:
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="After")

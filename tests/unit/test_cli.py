@@ -158,6 +158,18 @@ def test_predict_shows_a_line_an_image_in_their_order(run, tmp_path, capsys):
     assert [line.count("%") for line in lines] == [2, 2]
 
 
+def test_predict_reports_bad_images_and_shows_the_others(run, tmp_path, capsys):
+    Image.new("L", (30, 20), 200).save(tmp_path / "good.png")
+    (tmp_path / "[page].png").write_text("no image")
+    images = [tmp_path / name for name in ("[page].png", "good.png", "gone.png")]
+    done = here(capsys, "predict", run / "export" / "pruned.onnx", *images, "--top", "1")
+    assert done.status == 1
+    assert done.out.startswith(f"{images[1]}: ") and done.out.count("\n") == 1
+    page, gone = done.err.splitlines()
+    assert page.startswith(f"error: {images[0]}: not a readable image (")
+    assert gone.startswith(f"error: {images[2]}: cannot be read (")
+
+
 def test_what_predict_and_verify_cannot_use(run, tmp_path, capsys):
     (tmp_path / "page.png").write_text("no image")
     (tmp_path / "cut.onnx").write_bytes((run / "export" / "pruned.onnx").read_bytes()[:1000])

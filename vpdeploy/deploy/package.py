@@ -28,8 +28,10 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
 classes = open("labels.txt", encoding="utf-8").read().splitlines()
-image = np.asarray(ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"))  # uint8 [h, w, 3], any size
-logits = session.run(["logits"], {{"image": image[None]}})[0]     # float32 [1, {k}]
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+black = Image.new("RGBA", photo.size, "black")                    # what is transparent was black in training
+image = np.asarray(Image.alpha_composite(black, photo))[..., :3]  # uint8 [h, w, 3], any size
+logits = session.run(["logits"], {{"image": image[None]}})[0]       # float32 [1, {k}]
 for i in np.argsort(-logits[0])[:5]:
     print(classes[i], logits[0][i])
 """
@@ -41,7 +43,9 @@ from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
 classes = open("labels.txt", encoding="utf-8").read().splitlines()
-photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+black = Image.new("RGBA", photo.size, "black")                            # what is transparent was black in training
+photo = Image.alpha_composite(black, photo).convert("RGB")
 {crop}photo = photo.resize(({s}, {s}), Image.Resampling.BILINEAR)
 image = np.asarray(photo, dtype=np.float32).transpose(2, 0, 1) / 255      # float32 [3, {s}, {s}] in [0, 1]
 logits = session.run(["logits"], {{"image": image[None]}})[0]              # float32 [1, {k}]
@@ -120,9 +124,9 @@ def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 def _readme(vectors: Mapping[str, Vectors], classes: Sequence[str], recipe: Recipe, version: str) -> str:
     s, k, resize = recipe.input.image_size, len(classes), recipe.input.resize
     shapes = {
-        "uint8": "uint8 `[n, h, w, 3]`, RGB, any n, h and w; resize, padding, prompt and normalisation are inside",
-        "float": f"float32 `[n, 3, {s}, {s}]`, RGB in [0, 1]; the caller resizes ({resize}); padding, prompt and "
-        "normalisation are inside",
+        "uint8": "uint8 `[n, h, w, 3]`, RGB, any n, h and w from 1; resize, padding, prompt and normalisation are inside",
+        "float": f"float32 `[n, 3, {s}, {s}]`, RGB in [0, 1], any n from 1; the caller resizes ({resize}); padding, "
+        "prompt and normalisation are inside",
     }
     rows = [f"| `{file}` | {of_file.form} | {shapes[of_file.form]} |" for file, of_file in vectors.items()]
     shown = ", ".join(" ".join(name.splitlines()) for name in classes[:20])
@@ -142,8 +146,9 @@ def _readme(vectors: Mapping[str, Vectors], classes: Sequence[str], recipe: Reci
             "```python",
             _snippet(vectors, k, s, resize) + "```",
             "",
-            "Images of 16 bits a channel are scaled by 1/257 first: Pillow's own conversion makes them white. "
-            "`vpdeploy predict` does that.",
+            "Grey images of 16 bits are scaled by 1/257 first: Pillow's own conversion makes them white. "
+            "`vpdeploy predict` does that. 16-bit colour needs nothing: Pillow reduces it to 8 bits as it loads, in "
+            "training too.",
             "",
             "Check the files on the machine where they will run (needs numpy and onnxruntime only):",
             "",

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vpdeploy.data.images import decode
 from vpdeploy.deploy.session import Contract, contract, metadata_of, open_session
-from vpdeploy.errors import VpdeployError
+from vpdeploy.errors import DataError, VpdeployError
 
-MAX_PIXELS = 50_000_000
+TOO_LARGE = "resize it to fewer pixels first, or leave it out"
 
 
 @dataclass(frozen=True)
@@ -25,28 +25,44 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-def predict(path: Path, images: Sequence[Path], *, top: int = 5, max_pixels: int = MAX_PIXELS) -> list[Prediction]:
+@dataclass(frozen=True)
+class Predictions:
+    """What was made of several images; ``problems`` holds one message for each that cannot be read."""
+
+    made: tuple[Prediction, ...]
+    problems: tuple[str, ...]
+
+
+def predict(path: Path, images: Sequence[Path], *, top: int = 5) -> Predictions:
     """What the exported file at ``path`` takes each image for, in the order given.
 
-    Raises: VpdeployError when the file is missing, damaged or not from vpdeploy; DataError when an image cannot be
-    read.
+    Raises: VpdeployError when the file is missing, damaged or not from vpdeploy. Of an image that cannot be read, or has
+    more pixels than the file's metadata allow, there is a problem instead: it keeps no other from its prediction.
     """
     session = open_session(path)
     expects = contract(metadata_of(session, path), path)
-    results = []
+    made, problems = [], []
     for image in images:
-        pixels = decode(image, str(image), max_pixels=max_pixels)
+        try:
+            pixels = decode(image, str(image), max_pixels=expects.max_pixels, too_large=TOO_LARGE)
+        except DataError as e:
+            problems.append(str(e))
+            continue
         logits = np.asarray(session.run(["logits"], {"image": _input(pixels, expects)})[0])[0]
         if len(logits) != len(expects.classes):
             raise VpdeployError(
                 f"{path}: {len(logits)} outputs, but its metadata names {len(expects.classes)} classes; expected one "
                 "each: export again"
             )
-        probabilities = _softmax(logits)
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        names = tuple(expects.classes[i] for i in order)
-        results.append(Prediction(image, names, tuple(float(probabilities[i]) for i in order)))
-    return results
+        made.append(_prediction(image, logits, expects.classes, top=top))
+    return Predictions(tuple(made), tuple(problems))
+
+
+def _prediction(image: Path, logits: np.ndarray, classes: tuple[str, ...], *, top: int) -> Prediction:
+    """logits: [k]"""
+    probabilities = _softmax(logits)
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return Prediction(image, tuple(classes[i] for i in order), tuple(float(probabilities[i]) for i in order))
 
 
 def _input(pixels: np.ndarray, expects: Contract) -> np.ndarray:

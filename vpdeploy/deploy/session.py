@@ -17,19 +17,24 @@ if TYPE_CHECKING:
 
 REQUIRED = ("vpdeploy_version", "form", "classes", "image_size", "resize")
 INPUTS = {
-    "uint8": "image: uint8 [n, h, w, 3], RGB, any n, h and w; resized, padded and normalised inside",
-    "float": "image: float32 [n, 3, {s}, {s}], RGB in [0, 1], any n; padded and normalised inside",
+    "uint8": "image: uint8 [n, h, w, 3], RGB, any n, h and w from 1; resized, padded and normalised inside",
+    "float": "image: float32 [n, 3, {s}, {s}], RGB in [0, 1], any n from 1; padded and normalised inside",
 }
+MAX_PIXELS = 50_000_000  # where a file's metadata name no limit
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a caller must know of an exported file. ``form`` is "uint8" or "float"; ``resize`` as in the recipe."""
+    """What a caller must know of an exported file. ``form`` is "uint8" or "float".
+
+    ``resize`` and ``max_pixels``, of one image, are as in the recipe.
+    """
 
     form: str
     classes: tuple[str, ...]
     image_size: int
     resize: str
+    max_pixels: int
 
 
 def describe(recipe: Recipe, *, arm: str, form: str, classes: Sequence[str], version: str) -> dict[str, str]:
@@ -44,6 +49,7 @@ def describe(recipe: Recipe, *, arm: str, form: str, classes: Sequence[str], ver
         "image_size": str(size),
         "canvas_size": str(recipe.input.canvas),
         "resize": recipe.input.resize,
+        "max_pixels": str(recipe.data.max_pixels),
         "mean": json.dumps(list(recipe.input.mean)),
         "std": json.dumps(list(recipe.input.std)),
         "input": INPUTS[form].replace("{s}", str(size)),
@@ -107,7 +113,13 @@ def contract(metadata: Mapping[str, str], path: Path) -> Contract:
         if not isinstance(classes, list) or metadata["form"] not in INPUTS:
             raise ValueError("classes is no list, or form is unknown")
         names = tuple(str(name) for name in classes)
-        return Contract(metadata["form"], names, int(metadata["image_size"]), metadata["resize"])
+        return Contract(
+            form=metadata["form"],
+            classes=names,
+            image_size=int(metadata["image_size"]),
+            resize=metadata["resize"],
+            max_pixels=int(metadata.get("max_pixels", MAX_PIXELS)),
+        )
     except ValueError as e:
         raise VpdeployError(
             f"{path}: its metadata cannot be understood ({e}); expected what vpdeploy {metadata['vpdeploy_version']} "

@@ -18,10 +18,10 @@ from PIL import Image
 import vpdeploy.deploy.verify as verify_module
 from vpdeploy.deploy.package import write_package
 from vpdeploy.deploy.predict import predict
-from vpdeploy.deploy.session import describe, open_session
+from vpdeploy.deploy.session import MAX_PIXELS, describe, open_session
 from vpdeploy.deploy.vectors import Vectors, choose_vectors
 from vpdeploy.deploy.verify import VerifyError, compare, main, verify
-from vpdeploy.errors import DataError, RunFolderError, VpdeployError
+from vpdeploy.errors import RunFolderError, VpdeployError
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import recipe_hash
@@ -30,10 +30,10 @@ CLASSES = ("red", "green", "blue")
 SIZE = 6
 
 
-def recipe_of(how: str = "stretch") -> Recipe:
+def recipe_of(how: str = "stretch", **data: int) -> Recipe:
     raw = {
         "model": {"name": "cifar_resnet20"},
-        "data": {"name": "digits"},
+        "data": {"name": "digits", **data},
         "budget": {"macs_ratio": 0.5},
         "input": {"image_size": SIZE, "resize": how},
         "prompt": {"pixels": {"kind": "none"}},
@@ -167,17 +167,36 @@ def test_what_cannot_be_removed_is_named(tmp_path):
         write_package(tmp_path, vectors={}, classes=CLASSES, recipe=recipe_of(), version="1")
 
 
+def paste(folder: Path) -> tuple[str, ...]:
+    """The classes that the snippet in the README prints, in its order, with photo.jpg in ``folder``."""
+    snippet = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return tuple(line.split()[0] for line in run.stdout.splitlines())
+
+
 @pytest.mark.parametrize("how", ["stretch", "shorter-side-crop"])
 @pytest.mark.parametrize("forms", [("uint8", "float"), ("float",)])
 def test_the_snippet_in_the_readme_works_when_pasted(tmp_path, forms, how):
     folder = write_run(tmp_path, how=how, forms=forms)
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    snippet = readme.split("```python\n")[1].split("```")[0]
     Image.new("RGB", (31, 20), (10, 20, 250)).save(folder / "photo.jpg")
-    run = subprocess.run([sys.executable, "-W", "error", "-c", snippet], cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert [line.split()[0] for line in run.stdout.splitlines()] == ["blue", "green", "red"]
+    assert paste(folder) == ("blue", "green", "red")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
     assert all(name in readme for name in ("pruned", "[n, 3]", "red, green, blue", "python verify.py"))
+    assert readme.count("from 1;") == 2 * len(forms)  # ONNX Runtime refuses a batch of none
+
+
+@pytest.mark.parametrize("forms", [("uint8",), ("float",)])
+def test_the_snippet_sees_transparency_and_orientation_as_predict_does(tmp_path, forms):
+    """Upright and on black the image is blue; it is red where its transparent red is seen or, cropped, upside down."""
+    folder = write_run(tmp_path, how="shorter-side-crop", forms=forms)
+    photo = np.full((13, 8, 4), (255, 0, 0, 1), np.uint8)
+    photo[10] = (0, 90, 200, 128)  # in the central square, rows 2 to 9, only when upright: then this is row 2
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    Image.fromarray(photo).save(folder / "photo.jpg", "PNG", exif=turned)
+    (found,) = predict(next(folder.glob("pruned*.onnx")), [folder / "photo.jpg"]).made
+    assert paste(folder) == found.names == ("blue", "green", "red")
 
 
 def test_vectors_fill_their_limit_from_the_smallest():
@@ -394,7 +413,7 @@ def test_usage_is_2(capsys):
 def test_predict_names_the_likeliest_classes_first(original, tmp_path, name):
     Image.new("RGB", (9, 5), (0, 51, 255)).save(tmp_path / "blue.png")
     Image.new("L", (1, 1), 255).save(tmp_path / "white.png")
-    first, second = predict(original / name, [tmp_path / "blue.png", tmp_path / "white.png"], top=2)
+    first, second = predict(original / name, [tmp_path / "blue.png", tmp_path / "white.png"], top=2).made
     assert (first.image, first.names) == (tmp_path / "blue.png", ("blue", "green"))
     weights = np.exp([0.0, 2.0, 10.0])
     assert first.probabilities == pytest.approx((weights[2] / weights.sum(), weights[1] / weights.sum()), rel=1e-4)
@@ -407,26 +426,52 @@ def test_the_float_form_sees_the_central_square(tmp_path):
     image[:, :, 0] = 255
     image[:, 4:8] = (0, 255, 0)
     Image.fromarray(image).save(tmp_path / "flag.png")
-    assert predict(folder / "pruned.float.onnx", [tmp_path / "flag.png"], top=1)[0].names == ("green",)
+    assert predict(folder / "pruned.float.onnx", [tmp_path / "flag.png"], top=1).made[0].names == ("green",)
 
 
 def test_more_classes_than_there_are_gives_all(original, tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    (prediction,) = predict(original / "pruned.onnx", [tmp_path / "a.png"], top=50)
+    (prediction,) = predict(original / "pruned.onnx", [tmp_path / "a.png"], top=50).made
     assert len(prediction.names) == 3 and sum(prediction.probabilities) == pytest.approx(1)
 
 
-def test_what_is_no_image_or_no_model_is_a_clear_error(original, tmp_path):
+def test_an_image_that_cannot_be_read_keeps_no_other_from_its_prediction(original, tmp_path):
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(DataError, match=r"text\.png: not a readable image"):
-        predict(original / "pruned.onnx", [tmp_path / "text.png"])
+    Image.new("RGB", (2, 2), (0, 255, 0)).save(tmp_path / "green.png")
+    images = [tmp_path / name for name in ("text.png", "green.png", "gone.png")]
+    predictions = predict(original / "pruned.onnx", images, top=1)
+    assert [(found.image.name, found.names) for found in predictions.made] == [("green.png", ("green",))]
+    text, gone = predictions.problems
+    assert text.startswith(f"{images[0]}: not a readable image (") and gone.startswith(f"{images[2]}: cannot be read (")
+
+
+def test_the_limit_on_pixels_is_the_recipes(original, tmp_path):
+    Image.new("RGB", (6, 5)).save(tmp_path / "a.png")
+    write_colour_model(tmp_path / "small.onnx", "uint8", recipe=recipe_of(max_pixels=29))
+    assert predict(tmp_path / "small.onnx", [tmp_path / "a.png"]).problems == (
+        f"{tmp_path / 'a.png'}: 6 x 5 is 30 pixels; at most 29 are accepted: resize it to fewer pixels first, or leave "
+        "it out",
+    )
+    assert predict(original / "pruned.onnx", [tmp_path / "a.png"]).problems == ()
+    model = onnx.load(tmp_path / "small.onnx")  # as earlier versions wrote it: the recipe's default stands
+    helper.set_model_props(
+        model, {entry.key: entry.value for entry in model.metadata_props if entry.key != "max_pixels"}
+    )
+    onnx.save(model, tmp_path / "earlier.onnx")
+    assert predict(tmp_path / "earlier.onnx", [tmp_path / "a.png"]).problems == ()
+    assert recipe_of().data.max_pixels == MAX_PIXELS
+
+
+def test_what_is_no_model_is_a_clear_error(original):
     with pytest.raises(VpdeployError, match=r"labels\.txt: ONNX Runtime .* cannot load it"):
         predict(original / "labels.txt", [])
     with pytest.raises(VpdeployError, match=r"gone\.onnx: no such file"):
         predict(original / "gone.onnx", [])
 
 
-@pytest.mark.parametrize(("key", "value"), [("classes", "red, green"), ("image_size", "big"), ("form", "int4")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("classes", "red, green"), ("image_size", "big"), ("form", "int4"), ("max_pixels", "")]
+)
 def test_metadata_that_cannot_be_understood_is_a_clear_error(original, tmp_path, key, value):
     model = onnx.load(original / "pruned.onnx")
     for entry in model.metadata_props:
@@ -449,7 +494,7 @@ def test_predict_runs_without_torch(original, tmp_path):
     code = (
         'BLOCKED = {"torch", "torchvision", "onnx"}\n' + WITHOUT_TORCH + "from pathlib import Path\n"
         "from vpdeploy.deploy.predict import predict\n"
-        f"print(predict(Path({str(original / 'pruned.onnx')!r}), [Path({str(tmp_path / 'red.png')!r})])[0].names[0])"
+        f"print(predict(Path({str(original / 'pruned.onnx')!r}), [Path({str(tmp_path / 'red.png')!r})]).made[0].names[0])"
     )
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
