@@ -19,7 +19,7 @@ def explain(errors: Sequence[ErrorDetails]) -> list[str]:
     """One line for each place that pydantic's errors speak of."""
     by_place: dict[str, list[ErrorDetails]] = {}
     for error in errors:
-        if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+        if error["type"] == "too_short" and len(error["input"]) >= error.get("ctx", {})["min_length"]:
             continue  # pydantic counts right items only: what is wrong are the items, told at their own places
         by_place.setdefault(_place(_whole(error)), []).append(error)
     return [_line(place, errors) for place, errors in by_place.items()]
