@@ -21,13 +21,15 @@ from vpdeploy.values import ChannelGroup, ChannelGroups
 
 @dataclass(frozen=True)
 class InspectedGroup:
-    """One group. ``macs_share``: the share of all MACs in layers that write or read it; ``narrowest``: its smallest width."""
+    """One group. ``macs_share``: the share of all MACs in layers that write or read it, None where that cannot be told;
+    ``narrowest``: its smallest width.
+    """
 
     root: str
     members: tuple[str, ...]
     width: int
     narrowest: int
-    macs_share: float
+    macs_share: float | None
     status: str
     reason: str
 
@@ -94,7 +96,7 @@ def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list
                 members=tuple(member.module for member in group.members),
                 width=group.width,
                 narrowest=int(narrowest[column]),
-                macs_share=1 - cost.macs(without) / total,
+                macs_share=1 - cost.macs(without) / total if cost.told[column] else None,
                 status=group.status,
                 reason=group.reason,
             )

@@ -67,6 +67,39 @@ def test_the_table_and_the_json_say_the_same(capsys, found):
     assert plain | {"seconds": 0} == json.loads(json.dumps(found.as_json())) | {"seconds": 0}
 
 
+FACTORY = """
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = weight_norm(nn.Conv2d(3, 8, 3, padding=1)), nn.Conv2d(8, 16, 1)
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+def net():
+    return Net()
+"""
+
+
+def test_a_share_is_right_or_not_told(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    recipe = with_values(load_recipe(QUICKSTART), {"model.name": f"{tmp_path}/net.py:net"})
+    found, area = inspect_recipe(recipe), recipe.input.canvas**2
+    by_root = {group.root: group for group in found.groups}
+    attention = 4 * 16 * 16 * area + 2 * 16 * area**2  # four projections, and each position with each, twice
+    assert found.macs == 27 * 8 * area + 8 * 16 * area + attention + 16 * 10
+    assert by_root["a"].macs_share == pytest.approx((27 * 8 + 8 * 16) * area / found.macs)
+    assert by_root["b"].macs_share is None  # attention reads it, on weights that no layer multiplies
+    shown = here(capsys, "inspect", QUICKSTART, *settings([f"model.name={tmp_path}/net.py:net"]))
+    (line,) = [line for line in shown.out.splitlines() if line.split()[1:2] == ["b"]]
+    assert (shown.status, shown.err, line.split()[5]) == (0, "", "-")
+
+
 def test_nothing_is_trained_or_written(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert here(capsys, "inspect", QUICKSTART, *settings(["fit.epochs=100000"])).status == 0

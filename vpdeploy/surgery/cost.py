@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,10 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 @dataclass(frozen=True)
 class CostModel:
     """For each parameter tensor: entries = rest * prod over axes of (constant + share @ widths); MACs = entries * positions,
-    and ``other_macs`` on top: products that no convolution or linear layer makes, such as attention's.
+    and ``other_macs`` on top: products that no convolution or linear layer makes, such as attention's. Parameters are all
+    entries and ``other_params``, at most 0: a weight that is computed, or another layer's, counts no parameters of its own.
+
+    ``told[i]``: whether the products of group i are those of its layers; otherwise some may be among ``other_macs``.
 
     ``share`` [2, t, g] and ``constant`` [2, t] describe two axes of each of the t tensors as a linear function of the g
     group widths; ``rest`` [t] is the product of all other axes, ``positions`` [t] how often each weight is used in one
@@ -37,9 +41,11 @@ class CostModel:
     positions: Array
     dense_widths: Array
     other_macs: float = 0.0
+    other_params: float = 0.0
+    told: tuple[bool, ...] = ()
 
     def params(self, widths: Array) -> float:
-        return float(self._entries(widths).sum())
+        return float(self._entries(widths).sum()) + self.other_params
 
     def macs(self, widths: Array) -> float:
         return float(self._entries(widths) @ self.positions) + self.other_macs
@@ -60,22 +66,41 @@ def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, exa
     where they would shrink, the cut network costs less than is said here, never more.
     """
     twin = copy.deepcopy(backbone).cpu().float().eval()
-    parameters = dict(twin.named_parameters())
+    stored = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
     positions, products = _products(twin, example)
-    number = {name: i for i, name in enumerate(parameters)}
-    share = np.zeros((len(parameters), 8, len(groups)))  # tensor, axis, group; no tensor has more than 8 axes
-    length = np.ones((len(parameters), 8))
-    for name, parameter in parameters.items():
-        length[number[name], : parameter.ndim] = parameter.shape
+    # Weights in use that are no parameters under this name: computed from others (parametrizations), or tied.
+    shapes = stored | {name: tuple(_tensor(twin, name).shape) for name in positions if name not in stored}
+    number = {name: i for i, name in enumerate(shapes)}
+    share = np.zeros((len(shapes), 8, len(groups)))  # tensor, axis, group; no tensor has more than 8 axes
+    length = np.ones((len(shapes), 8))
+    for name, shape in shapes.items():
+        length[number[name], : len(shape)] = shape
     for column, group in enumerate(groups):
         for member in group.members:
             for name, axis in tensor_axes(twin, member):
                 if name in number:
                     divisor = _conv_groups(twin, name) if member.side == "in" else 1
                     share[number[name], axis, column] += len(member.indices) / divisor / group.width
-    used = np.array([positions.get(name, 0) for name in parameters], float)
+    used = np.array([positions.get(name, 0) for name in shapes], float)
     cost = _compress(share, length, positions=used, groups=groups)
-    return replace(cost, other_macs=max(0.0, products - cost.macs(cost.dense_widths)))
+    other_macs = max(0.0, products - cost.macs(cost.dense_widths))
+    other_params = sum(math.prod(shape) for shape in stored.values()) - cost.params(cost.dense_widths)
+    told = tuple(other_macs == 0 or all(_is_told(twin, m.module, positions) for m in g.members) for g in groups)
+    return replace(cost, other_macs=other_macs, other_params=other_params, told=told)
+
+
+def _tensor(network: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(network.get_submodule(path), leaf)
+
+
+def _is_told(network: nn.Module, name: str, positions: Mapping[str, int]) -> bool:
+    """Whether no product of ``name`` can be outside the layers that were called: one on a bare weight can (attention)."""
+    if f"{name}.weight".lstrip(".") in positions:
+        return True
+    module = dict(network.named_modules()).get(name)
+    own = list(module.parameters()) if module is not None else [network.get_parameter(name)]
+    return all(sum(size > 1 for size in tensor.shape) < 2 for tensor in own)  # a scale for each channel makes none
 
 
 def _compress(share: Array, length: Array, *, positions: Array, groups: Sequence[ChannelGroup]) -> CostModel:
@@ -106,7 +131,8 @@ def _products(network: nn.Module, example: Tensor) -> tuple[dict[str, int], floa
                 uses = output.numel() // output.shape[-1]
             else:  # a transposed convolution uses each weight once for every input position
                 uses = (args[0] if isinstance(module, _ConvTransposeNd) else output)[:, 0].numel()
-            found[f"{name}.weight"] = found.get(f"{name}.weight", 0) + uses // len(example)
+            weight = f"{name}.weight".lstrip(".")  # the network may be one layer
+            found[weight] = found.get(weight, 0) + uses // len(example)
 
         return hook
 

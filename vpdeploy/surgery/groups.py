@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
@@ -39,7 +40,7 @@ def find_groups(backbone: nn.Module, example: Tensor) -> ChannelGroups:
         ) from e
     groups = [_as_group(graph, twin, items, place) for items in found]
     groups.sort(key=lambda group: place[group.root])
-    return ChannelGroups(tuple(_exclude_overlaps(_exclude_tied(groups, twin))))
+    return ChannelGroups(tuple(_exclude_overlaps(_exclude_tied(_exclude_computed(groups, twin), twin))))
 
 
 def _as_group(
@@ -98,7 +99,39 @@ def _exclude_overlaps(groups: Iterable[ChannelGroup]) -> Iterator[ChannelGroup]:
         yield group
 
 
-def _exclude_tied(groups: Sequence[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
+def _exclude_computed(groups: Iterable[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
+    """A weight that is computed from other tensors cannot be cut: torch-pruning would lay a parameter in its place."""
+    modules = dict(twin.named_modules())
+    for group in groups:
+        names = [member.module for member in group.members if member.module in modules]
+        reasons = (_how_to_fold(modules[name], name, leaf) for name in names for leaf in _computed(modules[name]))
+        if group.status != "excluded" and (reason := next(reasons, None)) is not None:
+            group = replace(group, status="excluded", reason=reason)
+        yield group
+
+
+def _computed(module: nn.Module) -> Iterator[str]:
+    """Which of ``module``'s tensors are no parameters of its own, but made of others at every forward."""
+    for leaf in ("weight", "bias"):
+        own = leaf in module._parameters or leaf in module._buffers
+        if not own and isinstance(getattr(module, leaf, None), Tensor):
+            yield leaf
+
+
+def _how_to_fold(module: nn.Module, name: str, leaf: str) -> str:
+    where = f"{name or 'the network'} computes its {leaf} at every forward"
+    if parametrize.is_parametrized(module, leaf):
+        by = ", ".join(type(part).__name__ for part in module.parametrizations[leaf])  # type: ignore[index]
+        call = f"torch.nn.utils.parametrize.remove_parametrizations(module, {leaf!r})"
+    else:  # of these only spectral_norm's can be copied at all
+        by, call = "a hook, as of torch.nn.utils.spectral_norm", "torch.nn.utils.remove_spectral_norm(module)"
+    return (
+        f"{where} ({by}); fold it before pruning: {call} in the factory, and a checkpoint saved again from the folded "
+        "network"
+    )
+
+
+def _exclude_tied(groups: Iterable[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
     """A tensor that two modules share would have to be cut for both at once, and torch-pruning cuts for one."""
     tied = _tied_tensors(twin)
     for group in groups:

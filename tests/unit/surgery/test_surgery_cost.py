@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from strategies import CLASSES, SIDE, Head, conv_norm
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.values import ChannelGroup, Member
+from vpdeploy.values import ChannelGroup, Member, Side
 
 AREA = SIDE**2
 
@@ -108,6 +110,59 @@ def test_products_outside_the_layers_are_counted_as_when_dense():
         assert cost.other_macs == AREA * 6 * AREA
         assert cost.macs(np.array([2.0])) == 3 * 2 * AREA + AREA * 6 * AREA + AREA * CLASSES
     assert cost_of(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), Head(4))).other_macs == 0
+
+
+def test_a_computed_weight_costs_what_a_plain_one_does():
+    """As weight_norm's: its two parameters, direction and length, are no products; the weight made of them is."""
+    network = nn.Sequential(
+        weight_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.ReLU(), weight_norm(nn.Conv2d(4, 5, 1)), Head(5)
+    )
+    cost = cost_of(network)
+    assert (cost.other_macs, cost.told) == (0, (True, True))
+    for a, b in [(4, 5), (0, 5), (4, 0)]:
+        assert cost.macs(np.array([a, b], float)) == 27 * a * AREA + a * b * AREA + b * CLASSES
+    # direction, length and bias of each
+    assert cost.params(cost.dense_widths) == (27 * 4 + 4 + 4) + (4 * 5 + 5 + 5) + 6 * CLASSES
+
+
+def test_tied_weights_cost_their_products_each_and_their_parameters_once():
+    a, b = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+    b.weight = a.weight
+    cost = cost_of(nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), Head(3)))
+    assert cost.macs(cost.dense_widths) == 2 * 9 * AREA + 3 * CLASSES
+    assert cost.macs(np.array([3.0, 0.0])) == 9 * AREA  # without what b writes and the head reads
+    assert cost.params(cost.dense_widths) == 9 + 4 * CLASSES
+
+
+def test_a_network_of_one_layer_has_its_products_in_it():
+    group = ChannelGroup("", 4, (Member("", "out", tuple(range(4)), tuple(range(4))),))
+    cost = build_cost_model(nn.Conv2d(3, 4, 1), (group,), example=example_input(SIDE, batch=1))
+    assert (cost.macs(np.array([1.0])), cost.other_macs) == (3 * AREA, 0)
+
+
+class BareWeight(nn.Module):
+    """A convolution on a parameter of the network's own: whose products those are no layer tells. And a plain scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(6, 5, 1), Head(5)
+        self.scale, self.weight = nn.Parameter(torch.ones(1, 5, 1, 1)), nn.Parameter(torch.randn(6, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.conv2d(self.stem(x), self.weight)
+        return self.head(self.conv(x) * self.scale)
+
+
+def test_a_group_with_products_outside_its_layers_is_not_told():
+    def members(*places: tuple[str, Side], width: int) -> tuple[Member, ...]:
+        return tuple(Member(name, side, tuple(range(width)), tuple(range(width))) for name, side in places)
+
+    groups = (
+        ChannelGroup("stem", 4, members(("stem", "out"), ("weight", "both"), width=4)),
+        ChannelGroup("conv", 5, members(("conv", "out"), ("scale", "both"), ("head.linear", "in"), width=5)),
+    )
+    cost = build_cost_model(BareWeight(), groups, example=example_input(SIDE, batch=1))
+    assert (cost.other_macs, cost.told) == (4 * 6 * AREA, (False, True))
 
 
 def test_the_network_is_left_as_it_was():

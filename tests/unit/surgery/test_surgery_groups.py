@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from strategies import SIDE, Head, conv_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import remove_spectral_norm, spectral_norm
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups, offsets, tensor_axes
 from vpdeploy.values import ChannelGroup, Member
 
@@ -148,6 +154,29 @@ class Untraceable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
+
+
+def test_a_computed_weight_excludes_its_groups_and_says_what_to_do():
+    """Removed by torch-pruning it ended as "KeyError: attribute 'weight' already exists", after a warning."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), weight_norm(nn.Conv2d(5, 6, 1)), nn.ReLU(),
+        spectral_norm(nn.Conv2d(6, 7, 1)), nn.ReLU(), nn.Conv2d(7, 8, 1), Head(8),
+    )  # fmt: skip
+    found = probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE).groups
+    folded = "in the factory, and a checkpoint saved again from the folded network"
+    normed = (
+        "4 computes its weight at every forward (_WeightNorm); fold it before pruning: "
+        f"torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') {folded}"
+    )
+    hooked = (
+        "6 computes its weight at every forward (a hook, as of torch.nn.utils.spectral_norm); fold it before pruning: "
+        f"torch.nn.utils.remove_spectral_norm(module) {folded}"
+    )
+    reasons = {group.root: group.reason for group in found[:-1]}
+    assert reasons == {"0": "", "2": normed, "4": normed, "6": hooked, "8": ""}
+    for name, fold in (("4", partial(remove_parametrizations, tensor_name="weight")), ("6", remove_spectral_norm)):
+        fold(network.get_submodule(name))
+    assert [group.reason for group in groups_of(network).values()][:-1] == [""] * 5  # the advice helps
 
 
 def test_a_network_that_cannot_be_traced_is_a_clear_error():
