@@ -8,6 +8,7 @@ dense+prompt skip search and cut; everything else they share.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector, build_selector, select
-from vpdeploy.shipping import export_arms, measure_arms
-from vpdeploy.stages import Stage, arm_file, read_recipe
+from vpdeploy.shipping import export_arms, measure_arms, try_export
+from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import certify, probe
@@ -84,7 +85,7 @@ def _asked_for(stage: Stage, folder: Path, display: Display) -> Workbench:
     """The run, opened. Who asks for one stage expects new files and numbers: say so where nothing will be done."""
     work = _reopened(folder, display)
     if work.is_done(stage):
-        again = f"vpdeploy run {folder / 'recipe.toml'} -o {folder} --redo {stage.name}"
+        again = shlex.join(["vpdeploy", "run", f"{folder / 'recipe.toml'}", "-o", f"{folder}", "--redo", stage.name])
         display.say(f"{stage.name}: done before, and nothing that it reads has changed; to do it again: {again}")
     return work
 
@@ -95,9 +96,12 @@ def _reopened(folder: Path, display: Display) -> Workbench:
 
 def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display) -> None:
     work = open_workbench(recipe, folder, redo=redo, display=display)
-    note_environment(folder, command)
+    if not all(work.is_done(stage) for stage in training_stages(work.recipe)) or not environment_file(folder).exists():
+        note_environment(folder, command)  # of what trained, not of whoever looks again
     groups = grouped(work)
-    selector = selector_for(work, groups)  # an unreachable budget ends here, before any training
+    selector = selector_for(work, groups)  # an unreachable budget ends here, before any training,
+    if not work.is_done(Stage("fit")):
+        try_export(work)  # and so does a network that cannot be exported
     dense = fitted(work)
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):

@@ -22,6 +22,7 @@ from vpdeploy.stages import (
     Ledger,
     Stage,
     arm_file,
+    environment_file,
     is_done,
     measurement_file,
     measuring_machine_file,
@@ -45,7 +46,7 @@ def write_report(run: Path) -> Report:
     arms = {arm: run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms}
     others = [arm for arm in arms if arm != "dense"]
     pruned = [arm for arm in arms if arm.startswith("pruned")]
-    command, trained_in = _noted(run / "environment.json")
+    command, trained_in = _noted(environment_file(run))
     about = About(
         title=f"{recipe.model.name.rpartition('/')[2]} on {recipe.data.name}",
         recipe=dump_recipe(relative_to(recipe, run)),
@@ -76,7 +77,9 @@ def _noted(path: Path) -> tuple[str, dict[str, Any]]:
         noted = json.loads(run_folder.read_bytes(path))
         return str(noted["command"]), dict(noted["environment"])
     except (ValueError, KeyError, TypeError) as e:
-        raise RunFolderError(f"{path}: damaged: {e!r}; run the same `vpdeploy run` again, which writes it anew") from e
+        raise RunFolderError(
+            f"{path}: damaged: {e!r}; remove it and run the same `vpdeploy run` again, which writes it anew"
+        ) from e
 
 
 def _measured_in(path: Path, *, trained_in: dict[str, Any]) -> dict[str, Any]:

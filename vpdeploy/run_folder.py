@@ -5,6 +5,7 @@ moment leaves the old file or the new one, never half of one.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -83,6 +84,11 @@ def read_bytes(path: Path) -> bytes:
         raise RunFolderError(
             f"{path}: cannot be read: {e.strerror or e}; run `vpdeploy run` on this run's recipe to make it again"
         ) from e
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

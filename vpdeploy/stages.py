@@ -19,7 +19,7 @@ from vpdeploy.errors import RecipeError, RunFolderError
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import flatten
-from vpdeploy.run_folder import read_bytes, write_json
+from vpdeploy.run_folder import read_bytes, sha256_of, write_json
 
 ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench")
 
@@ -91,6 +91,9 @@ class Ledger:
         entry = self._entries().get(stage.name)
         return entry is not None and entry["finished"] and entry["reads"] == self._reads(stage, recipe)
 
+    def has_begun(self, kind: str) -> bool:
+        return any(name.partition(":")[0] == kind for name in self._entries())
+
     def begin(self, stage: Stage, recipe: Recipe) -> None:
         self._write({**self._entries(), stage.name: {"finished": False, "reads": self._reads(stage, recipe)}})
 
@@ -141,8 +144,12 @@ class Ledger:
         entry = self._entries().get(stage.name, {"reads": {}})
         before = {key: value for key, value in entry["reads"].items() if key.startswith((_CONTENTS, _MACHINE))}
         inputs = {_CONTENTS + name: value for name, value in self.inputs.items()}
-        machine = {_MACHINE + name: value for name, value in self.machine.items() if stage.kind == "bench"}
-        reads = {**values_read(stage, recipe), **before, **inputs, **machine}
+        if stage.kind == "bench":
+            inputs |= {_MACHINE + name: value for name, value in self.machine.items()}
+            manifest = manifest_file(self.path.parent)  # which holds the checksum of every exported file
+            if manifest.exists():
+                inputs[f"{_CONTENTS}export"] = sha256_of(manifest)
+        reads = {**values_read(stage, recipe), **before, **inputs}
         return json.loads(json.dumps(reads))  # as it comes back from disk
 
     def _entries(self) -> dict[str, Any]:
@@ -186,7 +193,13 @@ def measurement_file(run: Path, arm: str) -> Path:
     return run / "measured" / f"{arm}.json"
 
 
+def environment_file(run: Path) -> Path:
+    """Where the run was trained, and by what command."""
+    return run / "environment.json"
+
+
 def measuring_machine_file(run: Path) -> Path:
+    """Where it was measured."""
     return run / "measured" / "environment.json"
 
 
@@ -200,13 +213,17 @@ def onnx_file(run: Path, arm: str, form: str) -> Path:
     return run / "export" / (f"{arm}.onnx" if form == "uint8" else f"{arm}.{form}.onnx")
 
 
+def manifest_file(run: Path) -> Path:
+    return run / "export" / "manifest.json"
+
+
 def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
     """What ``stage`` leaves in the run folder for those after it."""
     arm = stage.arm
     if stage.kind == "export":
         forms = [onnx_file(run, arm, form) for arm in recipe.arms for form in recipe.export.forms]
         parities = [arm_file(run, "parity.json", arm) for arm in recipe.arms]
-        return [*forms, *parities, run / "export" / "manifest.json"]
+        return [*forms, *parities, manifest_file(run)]
     if stage.kind == "bench":
         measured = [measurement_file(run, arm) for arm in recipe.arms]
         return [*measured, measuring_machine_file(run), run / "predictions.npz"]
@@ -220,8 +237,19 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
 
 
 def is_done(ledger: Ledger, stage: Stage, recipe: Recipe, *, run: Path) -> bool:
-    """Whether the ledger says so, and every file that ``stage`` left is there."""
-    return ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
+    """Whether the ledger says so, and every file that ``stage`` left is there; of an export also that no byte has changed."""
+    there = ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
+    return there and (stage.kind != "export" or _is_whole(manifest_file(run)))
+
+
+def _is_whole(manifest: Path) -> bool:
+    """Whether every network has the checksum that ``manifest`` says."""
+    try:
+        files = json.loads(read_bytes(manifest))["files"]
+        networks = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".onnx")}
+        return all(sha256_of(manifest.parent / name) == checksum for name, checksum in networks.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def read_recipe(run: Path) -> Recipe:

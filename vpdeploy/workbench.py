@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from vpdeploy import run_folder
+from vpdeploy.data.contents import fingerprint_of_contents, remember
 from vpdeploy.data.prepared import prepare
 from vpdeploy.data.sources import DataSource, open_source
 from vpdeploy.errors import RunFolderError
@@ -24,9 +24,9 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, is_done, read_recipe, skipped_file
+from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, environment_file, is_done, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut
-from vpdeploy.training.compute import choose_compute
+from vpdeploy.training.compute import choose_compute, find_device
 from vpdeploy.training.network import Compute, TrainingData
 from vpdeploy.values import Dense, PrunePlan, Tuned
 
@@ -49,10 +49,14 @@ class Workbench:
         return is_done(self.ledger, stage, self.recipe, run=self.run)
 
     def require(self, stages: Iterable[Stage], *, command: str) -> None:
-        """Raises: RunFolderError when one of ``stages`` is not done, so that what lies there is of another network."""
+        """Raises: RunFolderError when one of ``stages`` is not done, so that what lies there is of another network, or when
+        an exported file has changed since.
+        """
         missing = [stage.name for stage in stages if not self.is_done(stage)]
         if missing:
-            raise RunFolderError(f"{self.run}: not done yet: {', '.join(missing)}; run `{command}` first")
+            raise RunFolderError(
+                f"{self.run}: not done yet, or changed since: {', '.join(missing)}; run `{command}` first"
+            )
 
     @contextmanager
     def doing(self, stage: Stage) -> Iterator[None]:
@@ -81,10 +85,13 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     """
     source = open_source(recipe.data, seed=recipe.seed)
     afresh = redo is not None and comes_after(Stage("fit"), redo)
-    begun = read_recipe(run) if (run / "recipe.toml").exists() and not afresh else None
+    begun = read_recipe(run) if _has_trained(run) and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
-    ledger = Ledger(run / "stages.json", _fingerprints(recipe, source), machine())
+    find_device(recipe.compute.device)  # one that is not here is told before anything is written
+    contents = fingerprint_of_contents(source, cache=run / "inputs.json", display=display)
+    ledger = Ledger(run / "stages.json", {"data": contents, **_named_files(recipe)}, machine())
     ledger.refuse_retraining(recipe, run=run, redo=redo)
+    remember(source, contents, cache=run / "inputs.json")
     fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
         recipe.model,
@@ -113,10 +120,15 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     )
 
 
+def _has_trained(run: Path) -> bool:
+    """Whether a training stage was begun there: until then nothing is lost when "auto" is decided again."""
+    return (run / "recipe.toml").exists() and Ledger(run / "stages.json", {}).has_begun("fit")
+
+
 def note_environment(run: Path, command: str) -> None:
     """Write down where and by what words the run was made, for its report."""
     noted = {"schema": run_folder.SCHEMA, "command": command, "environment": environment()}
-    run_folder.write_json(run / "environment.json", noted)
+    run_folder.write_json(environment_file(run), noted)
 
 
 def _as_before(recipe: Recipe, begun: Recipe) -> Recipe:
@@ -145,16 +157,11 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
     return with_values(recipe, values)
 
 
-def _fingerprints(recipe: Recipe, source: DataSource) -> dict[str, str]:
-    """What identifies the files that a recipe names; none for a file that is gone: whoever still needs it says so."""
+def _named_files(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the files that a recipe names; none for a file that is gone: whoever still needs it says so."""
     named = {"model.weights": recipe.model.weights or "", "model.name": recipe.model.name.rpartition(":")[0]}
     files = {key: Path(name) for key, name in named.items() if name.endswith((*CHECKPOINT_SUFFIXES, ".py"))}
-    return {"data": source.fingerprint, **{key: _sha256(path) for key, path in files.items() if path.is_file()}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {key: run_folder.sha256_of(path) for key, path in files.items() if path.is_file()}
 
 
 def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Display) -> TrainingData:

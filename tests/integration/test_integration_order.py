@@ -12,8 +12,8 @@ from integration.stand_ins import write_images
 from safetensors.torch import save_file
 from torch import nn
 
-from vpdeploy import pipeline, run_folder
-from vpdeploy.errors import DataError, RunFolderError, SurgeryError
+from vpdeploy import pipeline, run_folder, stages
+from vpdeploy.errors import DataError, ModelError, RunFolderError, SurgeryError, VpdeployError
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
@@ -90,9 +90,13 @@ def test_nothing_is_exported_measured_or_reported_of_a_half_trained_run(images, 
     for name in ("tune:pruned", "export", "bench"):  # as `prune --redo tune` leaves them when it is killed in an arm
         del entries[name]
     (run / "stages.json").write_text(json.dumps(entries))
-    with pytest.raises(RunFolderError, match=r"not done yet: tune:pruned; run `vpdeploy prune RECIPE -o .*` first$"):
+    with pytest.raises(
+        RunFolderError, match=r"not done yet, or changed since: tune:pruned; run `vpdeploy prune RECIPE -o .*` first$"
+    ):
         pipeline.export(run, display=QUIET)
-    with pytest.raises(RunFolderError, match=r"not done yet: export; run `vpdeploy export .*` first$"):
+    with pytest.raises(
+        RunFolderError, match=r"not done yet, or changed since: export; run `vpdeploy export .*` first$"
+    ):
         pipeline.bench(run, display=QUIET)
     with pytest.raises(
         RunFolderError, match=r"not measured yet; run `vpdeploy export .*` and `vpdeploy bench .*` first$"
@@ -137,7 +141,9 @@ def test_a_damaged_note_of_the_environment_is_a_message(environment, finished, t
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "environment.json").write_text(environment)
-    with pytest.raises(RunFolderError, match=r"environment.json: damaged: .*; run the same `vpdeploy run` again"):
+    with pytest.raises(
+        RunFolderError, match=r"environment.json: damaged: .*; remove it and run the same `vpdeploy run` again"
+    ):
         pipeline.report(run)
 
 
@@ -165,6 +171,96 @@ def test_who_asks_again_hears_that_nothing_was_done(finished, tmp_path, capsys):
         told = " ".join(capsys.readouterr().err.split())
         assert f"{stage}: done before, and nothing that it reads has changed; to do it again: vpdeploy run" in told
         assert f"--redo {stage}" in told
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-1] + b"?"])
+def test_a_damaged_file_is_never_measured_and_export_writes_it_again(damage, images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path, numbers = run / "export" / "pruned.onnx", (run / "measured" / "pruned.json").read_bytes()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with pytest.raises(
+        RunFolderError, match=r"not done yet, or changed since: export; run `vpdeploy export .*` first$"
+    ):
+        pipeline.bench(run, display=QUIET)
+    pipeline.export(run, display=QUIET)
+    assert path.read_bytes() == whole
+    pipeline.bench(run, display=QUIET)
+    assert (run / "measured" / "pruned.json").read_bytes() == numbers  # the same file: what was measured holds
+
+
+def test_what_is_exported_anew_is_measured_anew(images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = run / "export" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"vpdeploy_version": "', '"vpdeploy_version": "9.'))
+    with pytest.raises(RunFolderError, match="not measured yet"):
+        pipeline.report(run)
+    numbers = (run / "measured" / "pruned.json").read_bytes()
+    pipeline.bench(run, display=QUIET)
+    assert (run / "measured" / "pruned.json").read_bytes() != numbers
+
+
+def test_a_run_that_trains_nothing_leaves_the_note_of_who_trained(images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "environment.json").read_bytes()
+    pipeline.run(recipe_for(images), run, redo="bench", command="another", display=QUIET)
+    assert (run / "environment.json").read_bytes() == before
+    pipeline.run(recipe_for(images), run, redo="tune", command="another", display=QUIET)
+    assert json.loads((run / "environment.json").read_text())["command"] == "another"
+
+
+def test_a_device_that_is_not_here_leaves_no_trace(images, tmp_path, monkeypatch):
+    """Else the next run would take the settled recipe's device for one that "auto" had chosen."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = recipe_for(images)
+    for _ in range(2):
+        with pytest.raises(VpdeployError, match=r"compute.device: got 'cuda:99', which is not usable here"):
+            pipeline.prune(
+                with_values(recipe, {"compute.device": "cuda:99"}), tmp_path, command="a test", display=QUIET
+            )
+    pipeline.prune(with_values(recipe, {"compute.device": "auto"}), tmp_path, command="a test", display=QUIET)
+    assert stages.read_recipe(tmp_path).compute.device == "cpu"
+
+
+FORKED = """
+from torch import nn
+class Forked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = self.second(x).relu() if x.mean() > 0 else self.second(x)
+        return self.last(x.mean((2, 3)))
+"""
+
+
+def test_a_network_that_cannot_be_exported_is_refused_before_any_training(images, tmp_path):
+    (tmp_path / "forked.py").write_text(FORKED)
+    recipe = with_values(recipe_for(images), {"model.name": f"{tmp_path / 'forked.py'}:Forked"})
+    with pytest.raises(ModelError, match=r"dense.float.onnx: torch .* cannot export this network to ONNX"):
+        pipeline.prune(recipe, tmp_path / "run", command="a test", display=QUIET)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+LINEAR = """
+from torch import nn
+def make():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+"""
+
+
+def test_a_network_without_groups_goes_the_road_at_ratio_1(images, tmp_path):
+    (tmp_path / "linear.py").write_text(LINEAR)
+    recipe = with_values(
+        recipe_for(images),
+        {"model.name": f"{tmp_path / 'linear.py'}:make", "budget.macs_ratio": 1.0, "search.score_init": "taylor"},
+    )
+    report = pipeline.run(recipe, tmp_path / "run", command="a test", display=QUIET)
+    assert report.arms["pruned"].macs == report.arms["dense"].macs == 192 * 2
 
 
 def test_a_cut_that_breaks_the_budget_is_an_error(images):

@@ -159,6 +159,8 @@ def hard_mask(selector: Selector, scores: Tensor) -> Tensor:
 
 def _initial_scores(learner: _Learner, task: SearchTask, images: Images, *, recipe: Recipe) -> Tensor:
     """[channels of all groups], float32, in the order of the groups."""
+    if not task.groups:
+        return torch.zeros(0)
     if recipe.search.score_init == "random":
         return torch.rand(len(learner.scores), generator=stream(recipe.seed, "search", 0, "scores"))
     if recipe.search.score_init == "taylor":
