@@ -14,6 +14,7 @@ from torch import nn
 from vpdeploy import workbench
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.stages import Stage
 from vpdeploy.training import compute
 from vpdeploy.training.compute import GAIN, choose_compute, find_device
 from vpdeploy.training.evaluate import EVALUATION_BATCH, accuracy, predict
@@ -80,7 +81,7 @@ def test_a_measurement_is_a_number_and_leaves_the_network_alone(monkeypatch: pyt
     assert tiny.snapshot(backbone) == before
 
 
-def test_what_auto_became_is_in_the_run_folder_and_is_not_measured_again(
+def test_what_auto_became_is_in_the_run_folder_and_not_measured_again_once_training_began(
     measured: dict[tuple[bool, bool], float], tmp_path: Path
 ) -> None:
     measured |= {(False, False): 1.0, (False, True): 1.0, (True, True): 0.5}
@@ -90,6 +91,10 @@ def test_what_auto_became_is_in_the_run_folder_and_is_not_measured_again(
     expected = {"device": "cuda" if torch.cuda.is_available() else "cpu", "precision": "bf16", "channels_last": "yes"}
     assert written == {**expected, "workers": work.recipe.compute.workers}
     assert isinstance(written["workers"], int)
+    other = tiny.recipe({"model.name": "cifar_resnet8", "data.limit_train": 30, "compute.precision": "fp32"})
+    workbench.open_workbench(other, tmp_path, redo=None, display=tiny.QUIET)  # a trial, of which nothing is kept
+    assert workbench.open_workbench(asked, tmp_path, redo=None, display=tiny.QUIET).recipe == work.recipe
+    work.ledger.begin(Stage("fit"), work.recipe)
     measured.clear()
     again = workbench.open_workbench(asked, tmp_path, redo=None, display=tiny.QUIET)
     assert again.recipe == work.recipe
