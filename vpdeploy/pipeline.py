@@ -28,6 +28,7 @@ from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import certify, probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
+from vpdeploy.training.compute import find_device
 from vpdeploy.training.fit import fit
 from vpdeploy.training.network import show
 from vpdeploy.training.search import SearchTask, scores_as_arrays, search, with_statistics
@@ -96,7 +97,10 @@ def _reopened(folder: Path, display: Display) -> Workbench:
 
 def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display) -> None:
     work = open_workbench(recipe, folder, redo=redo, display=display)
-    if not all(work.is_done(stage) for stage in training_stages(work.recipe)) or not environment_file(folder).exists():
+    trains = not all(work.is_done(stage) for stage in training_stages(work.recipe))
+    if trains:
+        find_device(work.recipe.compute.device)
+    if trains or not environment_file(folder).exists():
         note_environment(folder, command)  # of what trained, not of whoever looks again
     groups = grouped(work)
     selector = selector_for(work, groups)  # an unreachable budget ends here, before any training,

@@ -26,7 +26,7 @@ from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
 from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, environment_file, is_done, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut
-from vpdeploy.training.compute import choose_compute, find_device
+from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
 from vpdeploy.values import Dense, PrunePlan, Tuned
 
@@ -87,11 +87,9 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     afresh = redo is not None and comes_after(Stage("fit"), redo)
     begun = read_recipe(run) if _has_trained(run) and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
-    find_device(recipe.compute.device)  # one that is not here is told before anything is written
-    contents = fingerprint_of_contents(source, cache=run / "inputs.json", display=display)
-    ledger = Ledger(run / "stages.json", {"data": contents, **_named_files(recipe)}, machine())
+    ledger = _ledger(recipe, source, run=run, display=display)
     ledger.refuse_retraining(recipe, run=run, redo=redo)
-    remember(source, contents, cache=run / "inputs.json")
+    remember(source, ledger.inputs["data"], cache=run / "inputs.json")
     fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
         recipe.model,
@@ -118,6 +116,11 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         training_data=cache(lambda: _training_data(source, recipe, run=run, display=display)),
         compute=cache(lambda: choose_compute(built.backbone, recipe=recipe)),
     )
+
+
+def _ledger(recipe: Recipe, source: DataSource, *, run: Path, display: Display) -> Ledger:
+    contents = fingerprint_of_contents(source, cache=run / "inputs.json", display=display)
+    return Ledger(run / "stages.json", {"data": contents, **_named_files(recipe)}, machine())
 
 
 def _has_trained(run: Path) -> bool:

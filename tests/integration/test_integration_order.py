@@ -212,8 +212,25 @@ def test_a_run_that_trains_nothing_leaves_the_note_of_who_trained(images, finish
     assert json.loads((run / "environment.json").read_text())["command"] == "another"
 
 
-def test_a_device_that_is_not_here_leaves_no_trace(images, tmp_path, monkeypatch):
-    """Else the next run would take the settled recipe's device for one that "auto" had chosen."""
+def test_a_run_is_exported_and_measured_where_its_device_is_not(images, finished, tmp_path):
+    """Trained on a GPU, measured on a target without one: only training needs the device."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("recipe.toml", "stages.json"):
+        text = (run / name).read_text()
+        device = "cuda:99"
+        moved = text.replace('device = "cpu"', f'device = "{device}"').replace(
+            '"compute.device": "cpu"', f'"compute.device": "{device}"'
+        )
+        assert moved != text
+        (run / name).write_text(moved)
+    (run / "export" / "pruned.onnx").unlink()
+    pipeline.export(run, display=QUIET)
+    pipeline.bench(run, display=QUIET)
+
+
+def test_a_device_that_is_not_here_binds_no_later_run(images, tmp_path, monkeypatch):
+    """The next run must not take the settled recipe's device for one that "auto" had chosen."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = recipe_for(images)
     for _ in range(2):
