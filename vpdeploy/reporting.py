@@ -60,7 +60,9 @@ def write_report(run: Path) -> Report:
         accuracy_difference=_differences(run, dict.fromkeys(others, "dense")),
         prompt_difference=_differences(run, prompt_pairs(arms)),
         certificates={arm: _certificate(run, arm) for arm in pruned},
-        history=run_folder.read_history(run / "history.jsonl"),
+        history=[
+            row for row in run_folder.read_history(run / "history.jsonl") if row.stage.partition(":")[2] in ("", *arms)
+        ],
         about=about,
     )
     prompt, example = _pictures(run)

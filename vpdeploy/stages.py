@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,15 +239,20 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
 def is_done(ledger: Ledger, stage: Stage, recipe: Recipe, *, run: Path) -> bool:
     """Whether the ledger says so, and every file that ``stage`` left is there; of an export also that no byte has changed."""
     there = ledger.is_done(stage, recipe) and all(path.exists() for path in files_left(stage, recipe, run=run))
-    return there and (stage.kind != "export" or _is_whole(manifest_file(run)))
+    if stage.kind != "export" or not there:
+        return there
+    networks = {onnx_file(run, arm, form).name for arm in recipe.arms for form in recipe.export.forms}
+    return _is_whole(manifest_file(run), networks=networks)
 
 
-def _is_whole(manifest: Path) -> bool:
-    """Whether every network has the checksum that ``manifest`` says."""
+def _is_whole(manifest: Path, *, networks: Set[str]) -> bool:
+    """Whether ``manifest`` names all ``networks``, and every file has the checksum that it says: what ``verify`` asks."""
     try:
         files = json.loads(read_bytes(manifest))["files"]
-        networks = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".onnx")}
-        return all(sha256_of(manifest.parent / name) == checksum for name, checksum in networks.items())
+        listed = {name: entry["sha256"] for name, entry in files.items()}
+        return networks <= listed.keys() and all(
+            sha256_of(manifest.parent / name) == checksum for name, checksum in listed.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -190,6 +190,29 @@ def test_a_damaged_file_is_never_measured_and_export_writes_it_again(damage, ima
     assert (run / "measured" / "pruned.json").read_bytes() == numbers  # the same file: what was measured holds
 
 
+@pytest.mark.parametrize("name", ["vectors.npz", "labels.txt", "manifest.json"])
+def test_export_writes_again_whatever_verify_would_refuse(name, images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "export" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"pruned.onnx", b"other.onnx") if name == "manifest.json" else b"damaged")
+    with pytest.raises(RunFolderError, match=r"not done yet, or changed since: export"):
+        pipeline.bench(run, display=QUIET)
+    pipeline.export(run, display=QUIET)
+    assert path.read_bytes() == whole
+
+
+def test_a_report_of_fewer_arms_shows_no_epoch_of_the_others(images, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    of_another = (run / "history.jsonl").read_text().replace("tune:pruned", "tune:pruned-prompt")
+    with (run / "history.jsonl").open("a") as file:
+        file.write(of_another)
+    report = pipeline.report(run)
+    assert {record.stage for record in report.history} == {"fit", "search:pruned", "tune:dense", "tune:pruned"}
+
+
 def test_what_is_exported_anew_is_measured_anew(images, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)

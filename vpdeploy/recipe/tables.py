@@ -262,7 +262,9 @@ class BenchTable(Table):
     threads: Annotated[tuple[Threads, ...], AfterValidator(_each_once)] = Field(
         default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
     )
-    seconds: Positive = Field(default=3.0, description="of measurement for each arm, form, batch and thread count")
+    seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        default=3.0, description="of measurement for each arm, form, batch and thread count"
+    )
     image_size: tuple[BenchSide, BenchSide] = Field(
         default=(375, 500), description="[height, width] of the uint8 form's images", strict=False
     )
