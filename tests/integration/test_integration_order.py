@@ -250,6 +250,7 @@ def test_a_run_is_exported_and_measured_where_its_device_is_not(images, finished
     (run / "export" / "pruned.onnx").unlink()
     pipeline.export(run, display=QUIET)
     pipeline.bench(run, display=QUIET)
+    pipeline.run(stages.read_recipe(run), run, command="a test", display=QUIET)
 
 
 def test_a_device_that_is_not_here_binds_no_later_run(images, tmp_path, monkeypatch):
