@@ -1,5 +1,5 @@
 """What a recipe needs of this machine: names that are known here, files that exist. torch is imported only where
-torchvision must be asked for a name.
+torchvision or timm must be asked for a name.
 
 The layers that open these things check again, for whoever calls them without a command line.
 """
@@ -11,15 +11,17 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from vpdeploy.data.archives import list_zip
 from vpdeploy.data.folders import no_such_root
 from vpdeploy.data.sources import KNOWN, unknown_set
 from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
 from vpdeploy.errors import DataError, ModelError
-from vpdeploy.models.names import CIFAR_RESNETS, no_such_file, no_such_module, unknown_network
+from vpdeploy.models.names import CIFAR_RESNETS, PUBLISHERS, no_such_file, no_such_module, unknown_network
 from vpdeploy.recipe.problems import Problem
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe
 
@@ -42,11 +44,9 @@ def _network(name: str) -> Iterator[str]:
     source, _, factory = name.rpartition(":")
     if name in CIFAR_RESNETS:
         return
-    if source == "torchvision":
-        from vpdeploy.models.torchvision_networks import check_name
-
+    if name.startswith(tuple(PUBLISHERS)):
         try:
-            check_name(factory)
+            _publisher(name).check_name(name.partition(":")[2])
         except ModelError as e:
             yield str(e)
     elif not source or not factory:
@@ -56,6 +56,11 @@ def _network(name: str) -> Iterator[str]:
             yield no_such_file(name, Path(source)) + (_near(Path(source)) or ": check the path")
     elif not _is_importable(source.partition(".")[0]):
         yield no_such_module(name, source.partition(".")[0])
+
+
+def _publisher(name: str) -> ModuleType:
+    """The door to the library that ``name`` is of."""
+    return import_module(PUBLISHERS[f"{name.partition(':')[0]}:"])
 
 
 def _torchvision_names(name: str) -> list[str]:
@@ -85,13 +90,11 @@ def _weights(model: ModelTable) -> Iterator[str]:
             yield f"model.weights: {what}; expected a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)})" + (
                 _near(path) or ": check the path"
             )
-    elif model.name.startswith("torchvision:"):
-        from vpdeploy.models.torchvision_networks import check_published, network_names
-
-        name = model.name.partition(":")[2]
+    elif model.name.startswith(tuple(PUBLISHERS)) and not list(
+        _network(model.name)
+    ):  # otherwise the name is the problem
         try:
-            if name in network_names():  # otherwise the name is the problem
-                check_published(name, model.weights)
+            _publisher(model.name).check_published(model.name.partition(":")[2], model.weights)
         except ModelError as e:
             yield str(e)
 

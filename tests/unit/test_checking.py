@@ -46,7 +46,7 @@ def told(capsys, *values: str, command: str = "check") -> list[str]:
 SETS = (
     "digits, imagefolder, cifar10, cifar100, flowers102, oxford_pets, dtd, food101, stanford_cars, svhn, gtsrb, eurosat"
 )
-FORMS = "expected a built-in network, 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory'"
+FORMS = "expected a built-in network, 'torchvision:NAME', 'timm:NAME', 'path/to/file.py:factory' or 'package.module:factory'"
 # values -> the one problem, or how it begins ("...")
 CASES = [
     ("data.name=digitz", f"data.name: got 'digitz'; expected one of {SETS}; did you mean 'digits'?"),
@@ -79,8 +79,8 @@ CASES = [
     (
         "model.name=nowhere.at:all",
         "model.name: got 'nowhere.at:all'; no module named 'nowhere' in this environment or the current folder; "
-        "expected 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory': install it, or give the "
-        "file",
+        "expected 'torchvision:NAME', 'timm:NAME', 'path/to/file.py:factory' or 'package.module:factory': install it, or "
+        "give the file",
     ),
     (
         "model.weights=nofile.th",
@@ -94,6 +94,14 @@ CASES = [
     (
         "model.name=torchvision:resnet18 model.weights=IMAGENET1K_V9",
         "model.weights: got 'IMAGENET1K_V9'; torchvision's resnet18 has IMAGENET1K_V1, DEFAULT; use one of these, or ...",
+    ),
+    (
+        "model.name=timm:resnet19",
+        "model.name: got 'timm:resnet19'; timm has no such network; did you mean 'timm:resnet...",
+    ),
+    (
+        "model.name=timm:resnet18 model.weights=a9_in1k",
+        "model.weights: got 'a9_in1k'; timm's resnet18 has DEFAULT, a3_in1k, a2_in1k, a1_in1k and ...",
     ),
     ("data.root=nope", "data.root: {}/nope does not exist; 'digits' needs no root: remove it"),
     (
@@ -166,6 +174,7 @@ def test_every_problem_is_told_at_once_and_nothing_is_begun(place, capsys, comma
         ("model.name=net:anything",),  # a module of the current folder
         ("model.name=__main__:anything",),
         ("model.name=torchvision:resnet18", "model.weights=ResNet18_Weights.IMAGENET1K_V1"),
+        ("model.name=timm:resnet18.a1_in1k", "model.weights=DEFAULT"),
         ("data.name=imagefolder", "data.root=images"),
         ("data.name=imagefolder", "data.root=images.zip"),
         ("data.root=images",),
@@ -189,8 +198,9 @@ def test_the_placeholder_of_a_missing_name_is_not_told(tmp_path, capsys, monkeyp
 
 
 def test_a_wrong_network_does_not_hide_its_weights_and_its_own_weights_are_not_blamed(place, capsys):
-    (line,) = told(capsys, "model.name=torchvision:resnet19", "model.weights=DEFAULT")
-    assert line.startswith("model.name: ")
+    for name in ("torchvision:resnet19", "timm:resnet19"):
+        (line,) = told(capsys, f"model.name={name}", "model.weights=DEFAULT")
+        assert line.startswith("model.name: ")
     lines = told(capsys, "model.name=torchvision:resnet19", "model.weights=no.pth")
     assert [line.split(":")[0] for line in lines] == ["model.name", "model.weights"]
 
@@ -216,7 +226,7 @@ try:
     cli.main()
 except SystemExit as e:
     print(e.code)
-print(sorted({"torch", "torchvision", "sklearn"} & set(sys.modules)))
+print(sorted({"torch", "torchvision", "timm", "sklearn"} & set(sys.modules)))
 """
 
 
@@ -227,6 +237,7 @@ print(sorted({"torch", "torchvision", "sklearn"} & set(sys.modules)))
         (("model.name=cifar_resnet21", "data.name=digitz"), False),
         (("data.name=cifar10",), False),
         (("model.name=torchvision:resnet18",), True),
+        (("model.name=timm_of_mine.py:f",), False),
     ],
 )
 def test_only_torchvisions_names_need_torch(place, values, heavy):

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from vpdeploy.errors import ModelError
+from vpdeploy.models import timm_networks, torchvision_networks
 from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
 from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
-from vpdeploy.models.torchvision_networks import network_names, published_tensors, torchvision_architecture
 from vpdeploy.models.user_factory import user_architecture
 from vpdeploy.models.weights import fit_names, load_weights, read_tensors
 from vpdeploy.recipe.problems import weights_of_no_file
@@ -57,10 +57,22 @@ def build(
     Raises: ModelError for names, code, checkpoints and class counts that do not fit.
     """
     with _seeded(seed):
-        backbone = _source(table, classes=classes, load=with_weights, source_classes=source_classes)
-    classifier = find_classifier(backbone, table.classifier)
+        published = _published_name(table)
+        architecture = _architecture(table, published)
+        # Published weights know their own class count; a file's is compared when it is read.
+        count = source_classes if source_classes is not None else None if published else classes
+        backbone = _made(architecture, count)
+        if with_weights and table.weights is not None:
+            backbone = _filled(backbone, table, architecture, published)
+    classifier, *others = _classifiers(backbone, table, architecture)
     count = class_count(backbone, classifier)
     head = _head(table.head, count=count, classes=classes, classifier=classifier)
+    if others and head != "keep":
+        raise ModelError(
+            f"model.head: {table.name!r} has {1 + len(others)} classifiers ({', '.join([classifier, *others])}) of {count} "
+            f"classes, and the data {classes}; expected one that can be exchanged or mapped (head {head!r}): train it from "
+            "scratch (without model.weights), or choose another network"
+        )
     if head == "replace":
         generator = torch.Generator().manual_seed(seed)
         backbone = replace_classifier(backbone, classifier, classes, generator=generator)
@@ -82,26 +94,33 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _source(table: ModelTable, *, classes: int, load: bool, source_classes: int | None) -> nn.Module:
-    """The network with the classifier that its weights have; with ``load``, filled with them."""
-    published = _published_name(table)
-    architecture = _architecture(table, published)
-    # Published weights know their own class count; a file's is compared below.
-    count = source_classes if source_classes is not None else None if published else classes
-    backbone = _plain(architecture.make(count if architecture.takes_classes else None))
-    if not load or table.weights is None:
-        return backbone
-    if published:
-        tensors, where = published_tensors(table.name.partition(":")[2], published), f"model.weights {published!r}"
+def _made(architecture: Architecture, classes: int | None) -> nn.Module:
+    return _plain(architecture.make(classes if architecture.takes_classes else None))
+
+
+def _filled(backbone: nn.Module, table: ModelTable, architecture: Architecture, published: str | None) -> nn.Module:
+    """The network with the classifier that its weights have, filled with them."""
+    name, where = table.name.partition(":")[2], f"model.weights {published or table.weights}"
+    if published is None:
+        tensors = read_tensors(Path(table.weights or ""))
+    elif table.name.startswith("timm:"):
+        tensors = timm_networks.published_tensors(name, published, args=table.args)
     else:
-        tensors, where = read_tensors(Path(table.weights)), f"model.weights {table.weights}"
+        tensors = torchvision_networks.published_tensors(name, published)
     named = architecture.adapt(fit_names(backbone, tensors))
-    classifier = find_classifier(backbone, table.classifier)
+    classifier = _classifiers(backbone, table, architecture)[0]
     in_file = _classes_in(named, classifier)
     if architecture.takes_classes and in_file not in (None, class_count(backbone, classifier)):
-        backbone = _plain(architecture.make(in_file))
+        backbone = _made(architecture, in_file)
     load_weights(backbone, named, where=where)
     return backbone
+
+
+def _classifiers(backbone: nn.Module, table: ModelTable, architecture: Architecture) -> list[str]:
+    """The names of the last layers: the recipe's, the publisher's, or the last one there is. Never none."""
+    if table.classifier is not None or not architecture.classifiers:
+        return [find_classifier(backbone, table.classifier)]
+    return [find_classifier(backbone, name) for name in architecture.classifiers]
 
 
 def _published_name(table: ModelTable) -> str | None:
@@ -120,12 +139,15 @@ def _architecture(table: ModelTable, published: str | None) -> Architecture:
     name = table.name
     if name in BUILT_IN:
         return Architecture(lambda classes: BUILT_IN[name](**({} if classes is None else {"classes": classes})), True)
-    source, colon, attribute = name.rpartition(":")
+    source, _, attribute = name.partition(":")
     if source == "torchvision":
-        return torchvision_architecture(attribute, args=table.args, published=published)
-    if colon and source and attribute:
+        return torchvision_networks.torchvision_architecture(attribute, args=table.args, published=published)
+    if source == "timm":
+        return timm_networks.timm_architecture(attribute, args=table.args, published=published)
+    source, _, attribute = name.rpartition(":")
+    if source and attribute:
         return user_architecture(name, args=table.args)
-    raise ModelError(unknown_network(name, torchvision=network_names()))
+    raise ModelError(unknown_network(name, torchvision=torchvision_networks.network_names()))
 
 
 def _plain(backbone: nn.Module) -> nn.Module:

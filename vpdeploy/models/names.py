@@ -8,6 +8,11 @@ from pathlib import Path
 
 # Built-in networks: name -> depth.
 CIFAR_RESNETS = {f"cifar_resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
+# Libraries of networks with published weights: how their names begin -> our door to them.
+PUBLISHERS = {
+    "torchvision:": "vpdeploy.models.torchvision_networks",
+    "timm:": "vpdeploy.models.timm_networks",
+}
 
 
 def unknown_network(name: str, *, torchvision: Collection[str]) -> str:
@@ -22,8 +27,8 @@ def unknown_network(name: str, *, torchvision: Collection[str]) -> str:
     else:
         hint = f"built in: {', '.join(CIFAR_RESNETS)}"
     return (
-        f"model.name: got {name!r}; expected a built-in network, 'torchvision:NAME', 'path/to/file.py:factory' or "
-        f"'package.module:factory'; {hint}"
+        f"model.name: got {name!r}; expected a built-in network, 'torchvision:NAME', 'timm:NAME', "
+        f"'path/to/file.py:factory' or 'package.module:factory'; {hint}"
     )
 
 
@@ -34,6 +39,6 @@ def no_such_file(name: str, path: Path) -> str:
 def no_such_module(name: str, module: str) -> str:
     return (
         f"model.name: got {name!r}; no module named {module!r} in this environment or the current folder; "
-        "expected 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory': "
+        "expected 'torchvision:NAME', 'timm:NAME', 'path/to/file.py:factory' or 'package.module:factory': "
         "install it, or give the file"
     )

@@ -157,8 +157,8 @@ def cross_field(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.args and ":" not in recipe.model.name:
         yield (
             ("model.args", "model.name"),
-            f'model.args: got values for {recipe.model.name!r}; only a factory ("file.py:factory") or torchvision '
-            "network takes args: remove them",
+            f'model.args: got values for {recipe.model.name!r}; only a factory ("file.py:factory"), torchvision or '
+            "timm network takes args: remove them",
         )
     if recipe.fit.what == "none" and not recipe.model.weights:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
@@ -182,12 +182,14 @@ def _bench_problem(recipe: Recipe) -> Iterator[Problem]:
 
 
 def weights_of_no_file(model: ModelTable) -> str | None:
-    """What is wrong with weights that are neither a checkpoint nor torchvision's; None when nothing is."""
-    if model.weights is None or model.weights.endswith(CHECKPOINT_SUFFIXES) or model.name.startswith("torchvision:"):
+    """What is wrong with weights that are neither a checkpoint nor published by name; None when nothing is."""
+    by_name = model.name.startswith(("torchvision:", "timm:"))
+    if model.weights is None or model.weights.endswith(CHECKPOINT_SUFFIXES) or by_name:
         return None
     return (
         f"model.weights: got {model.weights!r} for {model.name!r}; expected a file that ends in "
-        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' networks have weights by name: rename the file"
+        f"{', '.join(CHECKPOINT_SUFFIXES)}; only 'torchvision:...' and 'timm:...' networks have weights by name: rename the "
+        "file"
     )
 
 

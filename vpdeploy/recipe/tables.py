@@ -58,12 +58,12 @@ class ModelTable(Table):
     """Which network, and from which weights."""
 
     name: str = Field(
-        description='built-in ("cifar_resnet20", 32, 44, 56, 110), "torchvision:resnet18", "path/to/file.py:factory" or "package.module:factory"',
+        description='built-in ("cifar_resnet20", 32, 44, 56, 110), "torchvision:resnet18", "timm:resnet18" (with vpdeploy[timm]), "path/to/file.py:factory" or "package.module:factory"',
         min_length=1,
     )
     weights: str | None = Field(
         default=None,
-        description="a file (.pt .pth .th .safetensors), a torchvision weight name, or absent: then [fit] trains from scratch",
+        description="a file (.pt .pth .th .safetensors), a published name (a torchvision weight name, a timm tag, or DEFAULT), or absent: then [fit] trains from scratch",
         min_length=1,
     )
     head: Literal["auto", "keep", "replace", "flm", "ilm"] = Field(
@@ -75,7 +75,9 @@ class ModelTable(Table):
         description="names the classifier when it is not the last linear layer or 1x1 convolution",
         min_length=1,
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments for the factory, or the torchvision or timm network"
+    )
 
 
 class DataTable(Table):

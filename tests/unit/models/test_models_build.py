@@ -194,7 +194,8 @@ def test_missing_file_and_module(tmp_path):
     )
     assert message(table("no_such_package.nets:Net")).startswith(
         "model.name: got 'no_such_package.nets:Net'; no module named 'no_such_package' in this environment or the "
-        "current folder; expected 'torchvision:NAME', 'path/to/file.py:factory' or 'package.module:factory': install it"
+        "current folder; expected 'torchvision:NAME', 'timm:NAME', 'path/to/file.py:factory' or 'package.module:factory': "
+        "install it"
     )
 
 
@@ -320,7 +321,7 @@ def test_checkpoint_of_another_network_and_names_without_torchvision(ten):
     assert text.startswith(f"model.weights {ten}: its ") and " missing: layer1.1.conv1.weight, " in text
     assert message(table("cifar_resnet8", weights="IMAGENET1K_V1")) == (
         "model.weights: got 'IMAGENET1K_V1' for 'cifar_resnet8'; expected a file that ends in .pt, .pth, .th, "
-        ".safetensors; only 'torchvision:...' networks have weights by name: rename the file"
+        ".safetensors; only 'torchvision:...' and 'timm:...' networks have weights by name: rename the file"
     )
     assert message(table("torchvision:resnet18", weights="V9")) == (
         "model.weights: got 'V9'; torchvision's resnet18 has IMAGENET1K_V1, DEFAULT; use one of these, or a file "

@@ -135,7 +135,7 @@ ONE_PROBLEM = [
     (
         {"model": {"weights": "DEFAULT"}},
         "model.weights: got 'DEFAULT' for 'cifar_resnet8'; expected a file that ends in .pt, .pth, .th, .safetensors; "
-        "only 'torchvision:...' networks have weights by name: rename the file",
+        "only 'torchvision:...' and 'timm:...' networks have weights by name: rename the file",
     ),
     ({"model": {"args": {"width": 2}}}, "model.args: got values for 'cifar_resnet8'; only a factory "),
     ({"fit": {"what": "none"}}, "fit.what: got 'none' without model.weights; expected 'all', or give weights"),
