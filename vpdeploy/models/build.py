@@ -56,15 +56,15 @@ def build(
 
     Raises: ModelError for names, code, checkpoints and class counts that do not fit.
     """
-    with _seeded(seed):
+    with seeded(seed):
         published = _published_name(table)
-        architecture = _architecture(table, published)
+        architecture = architecture_of(table)
         # Published weights know their own class count; a file's is compared when it is read.
         count = source_classes if source_classes is not None else None if published else classes
-        backbone = _made(architecture, count)
+        backbone = made(architecture, count)
         if with_weights and table.weights is not None:
             backbone = _filled(backbone, table, architecture, published)
-    classifier, *others = _classifiers(backbone, table, architecture)
+    classifier, *others = classifiers_of(backbone, table, architecture)
     count = class_count(backbone, classifier)
     head = _head(table.head, count=count, classes=classes, classifier=classifier)
     if others and head != "keep":
@@ -80,7 +80,7 @@ def build(
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Every global random stream that a network's code may draw from starts at ``seed``, and is put back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +94,8 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _made(architecture: Architecture, classes: int | None) -> nn.Module:
+def made(architecture: Architecture, classes: int | None) -> nn.Module:
+    """The network with ``classes`` classes, where it takes a count; plain, float32, on the CPU, in eval mode, trainable."""
     return _plain(architecture.make(classes if architecture.takes_classes else None))
 
 
@@ -108,15 +109,15 @@ def _filled(backbone: nn.Module, table: ModelTable, architecture: Architecture, 
     else:
         tensors = torchvision_networks.published_tensors(name, published)
     named = architecture.adapt(fit_names(backbone, tensors))
-    classifier = _classifiers(backbone, table, architecture)[0]
+    classifier = classifiers_of(backbone, table, architecture)[0]
     in_file = _classes_in(named, classifier)
     if architecture.takes_classes and in_file not in (None, class_count(backbone, classifier)):
-        backbone = _made(architecture, in_file)
+        backbone = made(architecture, in_file)
     load_weights(backbone, named, where=where)
     return backbone
 
 
-def _classifiers(backbone: nn.Module, table: ModelTable, architecture: Architecture) -> list[str]:
+def classifiers_of(backbone: nn.Module, table: ModelTable, architecture: Architecture) -> list[str]:
     """The names of the last layers: the recipe's, the publisher's, or the last one there is. Never none."""
     if table.classifier is not None or not architecture.classifiers:
         return [find_classifier(backbone, table.classifier)]
@@ -135,8 +136,12 @@ def _classes_in(tensors: Mapping[str, Tensor], classifier: str) -> int | None:
     return None if weight is None or weight.ndim == 0 else weight.shape[0]
 
 
-def _architecture(table: ModelTable, published: str | None) -> Architecture:
-    name = table.name
+def architecture_of(table: ModelTable) -> Architecture:
+    """The network that ``table`` names, not made yet.
+
+    Raises: ModelError for names that nobody knows, and code that cannot be imported.
+    """
+    name, published = table.name, _published_name(table)
     if name in BUILT_IN:
         return Architecture(lambda classes: BUILT_IN[name](**({} if classes is None else {"classes": classes})), True)
     source, _, attribute = name.partition(":")
@@ -204,7 +209,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
             "modules, parameters and buffers: keep other things out of it"
         ) from e
     try:
-        with torch.no_grad(), _seeded(0):
+        with torch.no_grad(), seeded(0):
             logits = model(image)
     except Exception as e:
         raise ModelError(

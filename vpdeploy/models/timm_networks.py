@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.architecture import Architecture
+from vpdeploy.models.published import PublishedInput
 
 # What timm.create_model takes beside the network's own arguments: weights come by model.weights alone.
 NOT_ARGUMENTS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -82,6 +83,17 @@ def published_tensors(name: str, weights: str, *, args: Mapping[str, Any]) -> di
 def check_published(name: str, weights: str) -> None:
     """Raises: ModelError when timm's network ``name`` has no published ``weights``."""
     _published(name, weights)
+
+
+def published_inputs(name: str, weights: str | None) -> list[PublishedInput]:
+    """The inputs of network ``name``'s entries: first that of ``weights`` (None: of the name itself), then the others.
+
+    Raises: ModelError for names that timm does not know.
+    """
+    check_name(name)
+    first = _entry(name if weights is None else _published(name, weights))
+    others = _timm(name).models.get_arch_pretrained_cfgs(name).values()
+    return [PublishedInput(entry.input_size[-1], tuple(entry.mean), tuple(entry.std)) for entry in (first, *others)]
 
 
 def _timm(name: str) -> ModuleType:

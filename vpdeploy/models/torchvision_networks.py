@@ -14,6 +14,7 @@ from torchvision import models
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.architecture import Architecture
+from vpdeploy.models.published import PublishedInput
 
 # Heads that only training uses; without them the training forward gives one tensor, like every other network's.
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
@@ -98,6 +99,18 @@ def published_tensors(name: str, weights: str) -> dict[str, Tensor]:
 def check_published(name: str, weights: str) -> None:
     """Raises: ModelError when torchvision's network ``name`` has no published ``weights``."""
     _published(name, weights)
+
+
+def published_inputs(name: str, weights: str | None) -> list[PublishedInput]:
+    """The inputs of network ``name``'s published weights: first those of ``weights`` (None: the default ones), then the others.
+
+    Raises: ModelError for names that torchvision does not know.
+    """
+    check_name(name)
+    first = _published(name, weights or "DEFAULT")
+    others = [entry for entry in models.get_model_weights(name) if entry is not first]
+    presets = [entry.transforms() for entry in (first, *others)]
+    return [PublishedInput(preset.crop_size[0], tuple(preset.mean), tuple(preset.std)) for preset in presets]
 
 
 def _published(name: str, weights: str) -> Any:

@@ -22,6 +22,7 @@ from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.names import no_such_file, no_such_module
 
 CLASS_PARAMETERS = ("classes", "num_classes")
+USUAL_CLASSES = 1000  # of a network that must be told and is told nothing: ImageNet's
 
 
 def user_architecture(name: str, *, args: Mapping[str, Any]) -> Architecture:
@@ -39,8 +40,10 @@ def user_architecture(name: str, *, args: Mapping[str, Any]) -> Architecture:
 
     def make(classes: int | None) -> nn.Module:
         arguments = dict(args)
-        if counted is not None and takes_classes and classes is not None:
-            arguments[counted] = classes
+        if counted is not None and takes_classes:
+            needed = _parameters(factory)[counted].default is inspect.Parameter.empty
+            if classes is not None or needed:
+                arguments[counted] = USUAL_CLASSES if classes is None else classes
         # The factory may import beside itself, too.
         with _importable(folder), _blamed(f"{name!r} called with {_shown(arguments)}"):
             network = factory(**arguments)

@@ -18,6 +18,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
 BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Values = TypeVar("Values", bound=tuple[Any, ...])
 
 
@@ -125,8 +126,8 @@ class InputTable(Table):
     resize: Literal["stretch", "shorter-side-crop"] = Field(
         default="stretch", description="how an image becomes square"
     )
-    mean: Colours = Field(default=(0.485, 0.456, 0.406), description="per colour, in [0, 1]", strict=False)
-    std: Scales = Field(default=(0.229, 0.224, 0.225), description="per colour, at most 1", strict=False)
+    mean: Colours = Field(default=IMAGENET_MEAN, description="per colour, in [0, 1]", strict=False)
+    std: Scales = Field(default=IMAGENET_STD, description="per colour, at most 1", strict=False)
 
     @property
     def canvas(self) -> int:
