@@ -1,0 +1,84 @@
+"""Networks whose attention is replaced by an equal one, of which whole heads can be removed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from vpdeploy.errors import ModelError
+from vpdeploy.models.attention.known import Known, count_holders, find_known, why_not
+from vpdeploy.models.attention.multihead import MultiheadAttention
+
+PREFIX = "heads:"
+
+
+def replace_attention(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """A network equal to ``network`` with all attention replaced that can be, and {module name: what replaced it}.
+
+    ``network`` is not changed; where nothing is replaced, it is itself what is returned. Names stay; dtype, device, mode,
+    memory format and requires_grad too. What is held in several places is replaced once, under its first name.
+    """
+    chosen = {name: (module, known) for name, module, known, reason in _attentions(network) if reason is None}
+    return _exchange(network, chosen), {name: PREFIX + known.path for name, (_, known) in chosen.items()}
+
+
+def unreplaced(network: nn.Module) -> dict[str, str]:
+    """{module name: reason} of the attention that `replace_attention` leaves as it is."""
+    return {name: f"{known.path}: {reason}" for name, _, known, reason in _attentions(network) if reason is not None}
+
+
+def apply_replacements(network: nn.Module, names: Mapping[str, str]) -> nn.Module:
+    """A network equal to ``network`` with exactly these modules replaced, as `replace_attention` told them.
+
+    Raises: ModelError when one is not there, is of another kind or cannot be replaced.
+    """
+    found = {name: (module, known, reason) for name, module, known, reason in _attentions(network)}
+    for name, wanted in names.items():
+        if name not in found:
+            raise ModelError(f"{name or 'the network'}: expected attention to replace by {wanted!r}; there is none")
+        _, known, reason = found[name]
+        if wanted != PREFIX + known.path:
+            raise ModelError(f"{name or 'the network'}: got {known.path}; expected what {wanted!r} replaces")
+        if reason is not None:
+            raise ModelError(f"{name or 'the network'}: cannot be replaced by {wanted!r}: {reason}")
+    return _exchange(network, {name: found[name][:2] for name in names})
+
+
+def _attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module, Known, str | None]]:
+    """Name, module, kind and what keeps it from being replaced, of each attention module."""
+    holders = count_holders(network)
+    for name, module in network.named_modules():
+        known = find_known(module)
+        if known is not None:
+            yield name, module, known, why_not(module, known, holders)
+
+
+def _exchange(network: nn.Module, chosen: Mapping[str, tuple[nn.Module, Known]]) -> nn.Module:
+    """A copy of ``network`` with the equals of the chosen modules in their places."""
+    if not chosen:
+        return network
+    # deepcopy takes what its memo holds for the copy. So no replaced module is ever copied, and whatever the network
+    # holds in several places, module or parameter, is one in the copy too.
+    memo: dict[int, Any] = {}
+    for module, known in chosen.values():
+        new = known.build(module, lambda part: copy.deepcopy(part, memo))
+        copies = {id(copied) for copied in memo.values()}
+        for part in new.modules():
+            if id(part) not in copies:
+                part.training = module.training
+        memo[id(module)] = new
+    new = copy.deepcopy(network, memo)
+    for module in new.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            _keep_dense(module)
+    return new
+
+
+def _keep_dense(encoder: nn.TransformerEncoder) -> None:
+    # It would pack padded sequences into nested tensors, for a kernel that wants nn.MultiheadAttention. Outputs at
+    # padded positions are then those of training mode, no longer zeros.
+    if any(isinstance(module, MultiheadAttention) for layer in encoder.layers for module in layer.children()):
+        encoder.use_nested_tensor = False
