@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vpdeploy.data.archives import list_zip
 from vpdeploy.data.folders import no_such_root
@@ -22,6 +24,7 @@ from vpdeploy.data.sources import KNOWN, unknown_set
 from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
 from vpdeploy.errors import DataError, ModelError
 from vpdeploy.models.names import CIFAR_RESNETS, PUBLISHERS, no_such_file, no_such_module, unknown_network
+from vpdeploy.models.published import published_input
 from vpdeploy.recipe.problems import Problem
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe
 
@@ -38,6 +41,15 @@ def outside_problems(recipe: Recipe) -> Iterator[Problem]:
         yield ("data.name",), unknown_set(recipe.data.name)
     for text in _root(recipe.data):
         yield ("data.root", "data.name"), text
+
+
+def own_input(model: ModelTable) -> Mapping[str, Any]:
+    """The [input] keys that ``model`` was published with; none for code that nobody published.
+
+    Raises: ModelError for a name or weights that its library does not know.
+    """
+    found = published_input(model)
+    return {} if found is None else asdict(found)
 
 
 def _network(name: str) -> Iterator[str]:

@@ -103,9 +103,9 @@ def _folder(recipe: Path, run: Path | None) -> Path:
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     """The recipe, once nothing is wrong with it nor with the files and names that it needs here."""
-    from vpdeploy.checking import outside_problems
+    from vpdeploy.checking import outside_problems, own_input
 
-    return load_recipe(recipe, overrides or [], further=outside_problems)
+    return load_recipe(recipe, overrides or [], own_input=own_input, further=outside_problems)
 
 
 def _command() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import tomli_w
 from integration.command_line import QUICKSTART, fresh, here, settings
 
-from vpdeploy.checking import outside_problems
+from vpdeploy import cli
+from vpdeploy.checking import outside_problems, own_input
 from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.recipe.writing import dump_recipe
 from vpdeploy.stages import read_recipe
@@ -218,6 +220,40 @@ def test_a_run_folder_is_read_though_its_files_are_gone(place):
     assert [text.split(":")[0] for _, text in outside_problems(recipe)] == ["model.name", "model.weights", "data.root"]
 
 
+def silent() -> str:
+    """The quickstart recipe without its [input]."""
+    raw = tomllib.loads(QUICKSTART.read_text())
+    return tomli_w.dumps(
+        {key: value for key, value in raw.items() if key != "input"} | {"prompt": {"pixels": {"size": 2}}}
+    )
+
+
+@pytest.mark.parametrize(("name", "size", "mean"), [
+    ("cifar_resnet8", 32, 0.485), ("net.py:f", 224, 0.485), ("torchvision:inception_v3", 299, 0.485),
+    ("timm:resnet10t", 176, 0.485), ("timm:vit_tiny_patch16_224", 224, 0.5),
+])  # fmt: skip
+def test_the_input_that_a_recipe_does_not_tell_is_the_networks_own(place, name, size, mean):
+    (place / "r.toml").write_text(silent())
+    chosen = [f"model.name={name}"]
+    loaded = load_recipe(place / "r.toml", chosen, own_input=own_input, further=outside_problems)
+    assert (loaded.input.image_size, loaded.input.canvas, loaded.input.mean[0]) == (size, size, mean)
+    assert cli._load(place / "r.toml", chosen) == loaded
+    (place / "run").mkdir()
+    (place / "run" / "recipe.toml").write_text(dump_recipe(loaded))
+    assert read_recipe(place / "run") == loaded
+
+
+def test_what_follows_from_the_size_of_a_wrong_network_is_not_told(place, capsys):
+    (place / "r.toml").write_text(silent())
+    for wrong in ("torchvision:resnet19", "timm:resnet19"):
+        (line,) = told(capsys, f"model.name={wrong}", "prompt.pixels.size=150")
+        assert line.startswith("model.name: ")
+    (line,) = told(capsys, "model.name=torchvision:resnet18", "prompt.pixels.size=150")
+    assert line.startswith("prompt.pixels.size: got 150; a 'pad' prompt on a canvas of 224 takes at most 111")
+    lines = told(capsys, "model.name=torchvision:resnet19", "prompt.pixels.size=150", "input.image_size=224")
+    assert [line.split(":")[0] for line in lines] == ["prompt.pixels.size", "model.name"]  # a size that is told
+
+
 IMPORTS = """
 import json, sys
 from vpdeploy import cli
@@ -238,8 +274,13 @@ print(sorted({"torch", "torchvision", "timm", "sklearn"} & set(sys.modules)))
         (("data.name=cifar10",), False),
         (("model.name=torchvision:resnet18",), True),
         (("model.name=timm_of_mine.py:f",), False),
+        (("model.name=cifar_resnet8", "SILENT"), False),
+        (("model.name=net.py:f", "SILENT"), False),
     ],
 )
 def test_only_torchvisions_names_need_torch(place, values, heavy):
+    if "SILENT" in values:
+        values = [value for value in values if value != "SILENT"]
+        (place / "r.toml").write_text(silent())
     done = fresh(json.dumps(["check", str(place / "r.toml"), *settings(values)]), code=IMPORTS)
     assert done.out.splitlines()[-1] == ("['torch', 'torchvision']" if heavy else "[]"), done.err

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import copy
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from vpdeploy.errors import RecipeError
+from vpdeploy.errors import ModelError, RecipeError
 from vpdeploy.recipe.paths import absolute
 from vpdeploy.recipe.problems import Problem, cross_field, explain, wrong_keys
-from vpdeploy.recipe.tables import BUDGETS, Recipe
+from vpdeploy.recipe.tables import BUDGETS, ModelTable, Recipe
 
 
 def _nothing_further(recipe: Recipe) -> Iterable[Problem]:
     return ()
 
 
+def _nothing_known(model: ModelTable) -> Mapping[str, Any]:
+    return {}
+
+
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[Problem]] = _nothing_further
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    own_input: Callable[[ModelTable], Mapping[str, Any]] = _nothing_known,
+    further: Callable[[Recipe], Iterable[Problem]] = _nothing_further,
 ) -> Recipe:
     """The recipe in ``path`` with ``key=value`` overrides applied; relative paths start at the recipe's folder.
+
+    ``own_input`` tells the network's own [input] keys, for those that the recipe is silent about.
 
     Raises: RecipeError with every problem of the file and of the overrides, and what ``further`` finds beside them.
     """
@@ -37,7 +47,9 @@ def load_recipe(
     except tomllib.TOMLDecodeError as e:
         raise RecipeError(where, [f"not valid TOML: {e}"]) from e
     problems = [problem for text in overrides for problem in _override(raw, text)]
-    return parse_recipe(raw, where=where, folder=path.resolve().parent, earlier_problems=problems, further=further)
+    return parse_recipe(
+        raw, where=where, folder=path.resolve().parent, earlier_problems=problems, own_input=own_input, further=further
+    )
 
 
 def parse_recipe(
@@ -46,6 +58,7 @@ def parse_recipe(
     where: str,
     folder: Path,
     earlier_problems: Sequence[str] = (),
+    own_input: Callable[[ModelTable], Mapping[str, Any]] = _nothing_known,
     further: Callable[[Recipe], Iterable[Problem]] = _nothing_further,
 ) -> Recipe:
     """Check ``raw`` and make its relative paths absolute from ``folder``.
@@ -60,13 +73,29 @@ def parse_recipe(
         problems += explain(e.errors())
         wrong = wrong_keys(e.errors())
         recipe = _without(raw, wrong)
-    dotted = [".".join(key) for key in wrong]
+    recipe, unknown = _with_own_input(recipe, absolute(recipe, folder).model, own_input)
+    dotted = [".".join(key) for key in [*wrong, *unknown]]
     resolved = absolute(recipe, folder)
     found = [*cross_field(recipe), *further(resolved)]
     problems += [text for keys, text in found if not any(_overlap(a, b) for a in keys for b in dotted)]
     if problems:
         raise RecipeError(where, problems)
     return resolved
+
+
+def _with_own_input(
+    recipe: Recipe, model: ModelTable, own_input: Callable[[ModelTable], Mapping[str, Any]]
+) -> tuple[Recipe, list[tuple[str, ...]]]:
+    """The recipe with what it does not say of its input filled in, and the keys for which nothing could be found."""
+    silent = [key for key in ("image_size", "mean", "std") if key not in recipe.input.model_fields_set]
+    if not silent:
+        return recipe, []
+    try:
+        own = own_input(model)
+    except ModelError:  # a wrong network is told where names are checked; what would follow from its size is not
+        return recipe, [("input", key) for key in silent]
+    values = {key: own[key] for key in silent if key in own}
+    return recipe.model_copy(update={"input": recipe.input.model_copy(update=values)}), []
 
 
 def _override(raw: dict[str, Any], text: str) -> Iterator[str]:

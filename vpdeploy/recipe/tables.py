@@ -118,7 +118,8 @@ class InputTable(Table):
     """From the caller's image to what the backbone sees."""
 
     image_size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=224, description="side of the resized image, pixels"
+        default=224,
+        description="side of the resized image, pixels; absent: what the network was published for (built-in ones: 32), or 224 for your own code",
     )
     canvas_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="side of the zero-padded canvas; absent: image_size"
@@ -126,8 +127,12 @@ class InputTable(Table):
     resize: Literal["stretch", "shorter-side-crop"] = Field(
         default="stretch", description="how an image becomes square"
     )
-    mean: Colours = Field(default=IMAGENET_MEAN, description="per colour, in [0, 1]", strict=False)
-    std: Scales = Field(default=IMAGENET_STD, description="per colour, at most 1", strict=False)
+    mean: Colours = Field(
+        default=IMAGENET_MEAN, description="per colour, in [0, 1]; absent: as the network was published", strict=False
+    )
+    std: Scales = Field(
+        default=IMAGENET_STD, description="per colour, at most 1; absent: as the network was published", strict=False
+    )
 
     @property
     def canvas(self) -> int:

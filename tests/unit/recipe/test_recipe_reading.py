@@ -20,6 +20,21 @@ def test_the_least_recipe_is_enough():
     assert recipe.arms == ("dense", "dense+prompt", "pruned")
 
 
+def test_what_a_recipe_does_not_say_of_its_input_is_asked_for(tmp_path):
+    asked = []
+
+    def own_input(model):
+        asked.append(model.name)
+        return {"image_size": 40, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+    path = written(tmp_path, {"model": {"name": "net.py:f"}, "input": {"mean": [0.5, 0.5, 0.5]}})
+    read = load_recipe(path, own_input=own_input).input
+    assert (read.image_size, read.canvas, read.mean, read.std) == (40, 40, (0.5, 0.5, 0.5), (0.4, 0.5, 0.6))
+    assert asked == [f"{tmp_path}/net.py:f"]
+    load_recipe(path, ["input.image_size=8", "input.std=[1, 1, 1]", "prompt.pixels.size=2"], own_input=own_input)
+    assert len(asked) == 1  # of a recipe that says it all, nobody is asked
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:11"])
 def test_devices(device):
     assert parse({"compute": {"device": device}}).compute.device == device
