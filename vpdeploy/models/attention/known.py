@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 
 from vpdeploy.models.attention.layers import Copy
 from vpdeploy.models.attention.multihead import build_multihead, unfit_multihead
+from vpdeploy.models.attention.timm_tokens import build_rotary, build_tokens, unfit_key_bias, unfit_tokens
+from vpdeploy.models.attention.timm_windows import build_map, build_timm_swin, build_timm_swin_v2, unfit_map
 from vpdeploy.models.attention.torchvision_windows import build_maxvit, build_swin, build_swin_v2
 
 PLAIN = (nn.Linear, nn.Conv2d, NonDynamicallyQuantizableLinear)
@@ -84,6 +86,41 @@ KNOWN = (
         build_maxvit,
         methods=("forward", "get_relative_positional_bias"),
     ),
+    Known("timm.layers.attention", "Attention", ("qkv",), ("qkv", "proj"), build_tokens, unfit_tokens),
+    Known(
+        "timm.layers.attention",
+        "AttentionRope",
+        ("qkv",),
+        ("qkv", "q_proj", "k_proj", "v_proj", "proj"),
+        build_rotary,
+        unfit_tokens,
+    ),
+    Known(
+        "timm.models.eva",
+        "EvaAttention",
+        ("qkv",),
+        ("qkv", "q_proj", "k_proj", "v_proj", "proj"),
+        build_rotary,
+        unfit_tokens,
+    ),
+    Known(
+        "timm.models.swin_transformer",
+        "WindowAttention",
+        ("qkv",),
+        ("qkv", "proj"),
+        build_timm_swin,
+        methods=("forward", "_get_rel_pos_bias"),
+    ),
+    Known(
+        "timm.models.swin_transformer_v2",
+        "WindowAttention",
+        ("qkv",),
+        ("qkv", "proj"),
+        build_timm_swin_v2,
+        unfit_key_bias,
+    ),
+    Known("timm.models.maxxvit", "AttentionCl", ("qkv", "rel_pos"), ("qkv", "proj"), build_map, unfit_map),
+    Known("timm.models.maxxvit", "Attention2d", ("qkv", "rel_pos", "proj"), ("qkv", "proj"), build_map, unfit_map),
 )
 
 
@@ -115,7 +152,7 @@ def why_not(module: nn.Module, known: Known, holders: Counter[int]) -> str | Non
             return f"{where} has hooks (weight_norm, spectral_norm and torch.nn.utils.prune leave some): remove them"
     for name in known.layers:
         part = getattr(module, name)
-        if type(part) not in PLAIN:
+        if part is not None and type(part) not in PLAIN:
             return f"its {name} is a {type(part).__name__}, not a plain linear layer"
     for name in known.split:
         part = getattr(module, name)

@@ -37,24 +37,24 @@ def thirds(packed: nn.Parameter, head_dim: int | None = None) -> list[nn.Paramet
         parts = list(rows.chunk(3))
     else:
         parts = [part.flatten(0, 1) for part in rows.unflatten(0, (-1, 3, head_dim)).unbind(1)]
-    return [nn.Parameter(part.clone(), requires_grad=packed.requires_grad) for part in parts]
+    return [_parameter(part, packed) for part in parts]
 
 
-def separate(packed: Any, head_dim: int | None = None) -> tuple[nn.Module, nn.Module, nn.Module]:
+def separate(packed: Any, head_dim: int | None = None) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """The q, k and v layers of a packed linear layer or 1x1 convolution, whose rows lie as `thirds` says."""
     biases = [None] * 3 if packed.bias is None else thirds(packed.bias, head_dim)
     q, k, v = (layer(w, b) for w, b in zip(thirds(packed.weight, head_dim), biases, strict=True))
     return q, k, v
 
 
-def layer(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear | nn.Conv2d:
-    """A linear layer of weight [out, in] or, of weight [out, in, 1, 1], a convolution. bias: [out]."""
-    rows, columns = weight.shape[:2]
+def layer(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear layer. weight: [out, in], or [out, in, 1, 1] of a convolution; bias: [out]."""
     # On the meta device nothing is allocated and no random number is drawn for values that are replaced at once.
-    if weight.dim() == 4:
-        new = nn.Conv2d(columns, rows, 1, bias=False, device="meta")
-    else:
-        new = nn.Linear(columns, rows, bias=False, device="meta")
-    new.weight = weight
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    new.weight = weight if weight.dim() == 2 else _parameter(weight.detach().flatten(1), weight)
     new.register_parameter("bias", bias)
     return new
+
+
+def _parameter(values: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(values.clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)

@@ -93,6 +93,22 @@ class ShiftedWindowAttention(nn.Module):
         return out[:, :h, :w].contiguous()
 
 
+class MapAttention(nn.Module):
+    """Attention among all places of a map. x: [n, c, h, w], or [n, h, w, c] with ``channels_last``."""
+
+    def __init__(self, attention: WindowAttention, *, channels_last: bool):
+        super().__init__()
+        self.channels_last = channels_last
+        self.attention = attention
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """``shared_rel_pos`` is for attention without a bias of its own, as in timm; it is not looked at."""
+        if self.channels_last:
+            return self.attention(x.flatten(1, -2)).unflatten(1, x.shape[1:-1])
+        out = self.attention(x.flatten(2).transpose(1, 2))  # [n, c, h, w] -> [n, h * w, c]
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def _partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     """x: [n, h, w, ...] -> [n, rows, columns, L, ...]."""
     cells = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # [n, rows, window h, columns, window w, ...]
