@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models import timm_networks, torchvision_networks
@@ -22,6 +22,8 @@ from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
 from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
+from vpdeploy.models.outputs import not_logits
+from vpdeploy.models.plain import plain
 from vpdeploy.models.user_factory import user_architecture
 from vpdeploy.models.weights import fit_names, load_weights, read_tensors
 from vpdeploy.recipe.problems import weights_of_no_file
@@ -96,7 +98,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 def made(architecture: Architecture, classes: int | None) -> nn.Module:
     """The network with ``classes`` classes, where it takes a count; plain, float32, on the CPU, in eval mode, trainable."""
-    return _plain(architecture.make(classes if architecture.takes_classes else None))
+    backbone = plain(architecture.make(classes if architecture.takes_classes else None))
+    backbone = backbone.to("cpu").float().to(memory_format=torch.contiguous_format).eval()
+    for tensor in backbone.parameters():
+        tensor.requires_grad_(tensor.is_floating_point())
+    return backbone
 
 
 def _filled(backbone: nn.Module, table: ModelTable, architecture: Architecture, published: str | None) -> nn.Module:
@@ -155,27 +161,6 @@ def architecture_of(table: ModelTable) -> Architecture:
     raise ModelError(unknown_network(name, torchvision=torchvision_networks.network_names()))
 
 
-def _plain(backbone: nn.Module) -> nn.Module:
-    """``backbone`` out of its wrappers, float32 on the CPU, in eval mode, every parameter trainable.
-
-    Frozen, compiled and scripted networks would be cut without effect and without a word.
-    """
-    while isinstance(backbone, nn.DataParallel) or "_orig_mod" in dict(backbone.named_children()):
-        backbone = next(backbone.children())  # DataParallel's module, or what torch.compile wrapped
-    if isinstance(backbone, torch.jit.ScriptModule):
-        raise ModelError("model.name: got a TorchScript module; expected the nn.Module before scripting: return that")
-    lazy = [name for name, tensor in backbone.named_parameters() if is_lazy(tensor)]
-    if lazy:
-        raise ModelError(
-            f"model.name: {lazy[0]!r} of {type(backbone).__name__} has no shape yet (a lazy module); expected a "
-            "network with all its parameters: run it once on an example before returning it"
-        )
-    backbone = backbone.to("cpu").float().eval()
-    for tensor in backbone.parameters():
-        tensor.requires_grad_(tensor.is_floating_point())
-    return backbone
-
-
 def _head(asked: Head | Literal["auto"], *, count: int, classes: int, classifier: str) -> Head:
     """What becomes of a classifier of ``count`` classes on data of ``classes``."""
     if asked == "auto":
@@ -195,11 +180,12 @@ def _head(asked: Head | Literal["auto"], *, count: int, classes: int, classifier
 
 
 def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> None:
-    """Run a copy of ``backbone`` once on [2, 3, C, C]; it must give float logits [2, classes].
+    """Run a copy of ``backbone`` once on [2, 3, C, C]; it must give float logits [2, classes], in training too.
 
     Raises: ModelError that says what came instead.
     """
     name, side = type(backbone).__name__, canvas_size
+    _takes_images(backbone)
     image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
         model = copy.deepcopy(backbone).eval()
@@ -216,24 +202,30 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
             f"model.name: {name} does not take 3x{side}x{side} input: {type(e).__name__}: {e}; "
             "set input.canvas_size to what it needs"
         ) from e
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape != (2, classes):
-        fix = (
-            "set model.head = 'replace', or name the right layer as model.classifier"
-            if isinstance(logits, Tensor)
-            else "wrap the network in a factory that returns its logits alone"
-        )
+    if (problem := not_logits(logits, classes=classes)) is not None:
+        raise ModelError(f"model.name: {name} gave {problem}")
+    with torch.no_grad(), seeded(0), suppress(Exception):  # where meta tensors do not do, training has the last word
+        logits = model.to("meta").train()(image.to("meta"))
+    if (problem := not_logits(logits, classes=classes)) is not None:
+        raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
+
+
+def _takes_images(backbone: nn.Module) -> None:
+    """Raises: ModelError when the forward needs another number of inputs than one."""
+    try:
+        signature = inspect.signature(backbone.forward)
+    except (ValueError, TypeError):  # compiled callables may not tell
+        return
+    try:
+        signature.bind(None)
+    except TypeError as e:
+        needed = [
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
         raise ModelError(
-            f"model.name: {name} gave {_described(logits)} for 2 images; expected its logits, a float tensor "
-            f"[2, {classes}]; {fix}"
-        )
-
-
-def _described(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a tensor {list(output.shape)} of {str(output.dtype).removeprefix('torch.')}"
-    if isinstance(output, Mapping):
-        return f"a dictionary with the keys {', '.join(repr(key) for key in output)}"
-    if isinstance(output, (tuple, list)):
-        parts = ", ".join(_described(item) for item in output[:4])
-        return f"a {type(output).__name__} of {len(output)} ({parts}{', ...' if len(output) > 4 else ''})"
-    return f"a {type(output).__name__}"
+            f"model.name: the forward of {type(backbone).__name__} takes {', '.join(needed) or 'no input'}; expected one "
+            "input, a batch of images: wrap the network in a factory that gives it the rest"
+        ) from e

@@ -39,7 +39,7 @@ FACTORIES = """
     def late():
         from beside_factories import LATE
         return Net(LATE)
-    def half(): return Net(3).half().train().requires_grad_(False)
+    def half(): return Net(3).half().train().requires_grad_(False).to(memory_format=torch.channels_last)
     def parallel(): return nn.DataParallel(Net(3))
     def scripted():
         import warnings
@@ -146,14 +146,14 @@ def test_module_in_the_current_folder(factories, monkeypatch):
 def test_network_comes_out_plain(factories):
     net = build(table(f"{factories}:half"), classes=3, seed=0).backbone
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    assert all(p.requires_grad for p in net.parameters()) and not net.training
+    assert all(p.requires_grad and p.is_contiguous() for p in net.parameters()) and not net.training
 
 
 @pytest.mark.parametrize(("factory", "expected"), [
     ("nothing", "FILE:nothing' gave a dict; expected an nn.Module: name a class or function that returns the network"),
     ("broken", "FILE:broken' called with no arguments failed: AttributeError: 'Net' object has no attribute 'nope'"),
     ("quits", "FILE:quits' called with no arguments failed: SystemExit: usage: train.py (FILE, line "),
-    ("scripted", "got a TorchScript module; expected the nn.Module before scripting: return that"),
+    ("scripted", "got a TorchScript module; expected the nn.Module before scripting or tracing: return that"),
     ("lazy", "'1.weight' of Sequential has no shape yet (a lazy module); expected a network with all its parameters"),
     ("ready", "FILE:ready', where 'ready' is of type Net; expected a class or function that returns an nn.Module; "),
     ("number", "FILE:number', where 'number' is of type int; expected a class or function that returns an nn.Module"),
