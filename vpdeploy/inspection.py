@@ -21,15 +21,13 @@ from vpdeploy.values import ChannelGroup, ChannelGroups
 
 @dataclass(frozen=True)
 class InspectedGroup:
-    """One group. ``macs_share``: the share of all MACs in layers that write or read it, None where that cannot be told;
-    ``narrowest``: its smallest width.
-    """
+    """One group. ``macs_share``: the share of all MACs that write or read its channels; ``narrowest``: its smallest width."""
 
     root: str
     members: tuple[str, ...]
     width: int
     narrowest: int
-    macs_share: float | None
+    macs_share: float
     status: str
     reason: str
 
@@ -81,7 +79,7 @@ def _narrowest(group: ChannelGroup, recipe: Recipe) -> int:
     if group.status == "excluded":
         return group.width
     table = recipe.budget
-    return allowed_widths(group.width, round_to=table.round_to, max_removal=table.max_removal)[0]
+    return allowed_widths(group.width, unit=group.unit, round_to=table.round_to, max_removal=table.max_removal)[0]
 
 
 def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list[InspectedGroup]:
@@ -96,7 +94,7 @@ def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list
                 members=tuple(member.module for member in group.members),
                 width=group.width,
                 narrowest=int(narrowest[column]),
-                macs_share=1 - cost.macs(without) / total if cost.told[column] else None,
+                macs_share=1 - cost.macs(without) / total,
                 status=group.status,
                 reason=group.reason,
             )

@@ -23,9 +23,10 @@ from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector, build_selector, select
 from vpdeploy.shipping import export_arms, measure_arms, try_export
 from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
+from vpdeploy.surgery.certificate import certify
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import certify, probe
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.compute import find_device
@@ -191,8 +192,7 @@ def planned(
         with work.doing(stage):
             selection = select(selector, dict(scores_as_arrays(found)))
             source = with_statistics(dense, found)
-            example = example_input(work.recipe.input.canvas)
-            cut_plan = plan(source, groups.prunable, selection.mask, example=example)
+            cut_plan = plan(source, groups.prunable, selection.mask)
             smaller = cut(source, cut_plan)
             _check_budget(smaller, source, recipe=work.recipe)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=CERTIFICATE_IMAGES)

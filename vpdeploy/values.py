@@ -22,17 +22,23 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Member:
-    """One module's share in a group: which of its indices belong to which channel of the group.
+    """One axis of one tensor in a group: which of its positions belong to which channel of the group.
 
-    ``side`` is "out" for a writer, "in" for a reader, "both" for what passes channels through (norms, depthwise
-    convolutions, bare parameters). ``indices[i]`` of the module's axis belongs to channel ``channels[i]`` of the group:
-    a flattened map gives one channel many indices, a concatenation an offset.
+    ``tensor`` is the qualified name of a parameter or buffer. ``side`` is "out" where a product writes the axis, "in" where
+    one reads along it, "both" for what passes channels through (norms, biases, depthwise convolutions, bare parameters).
+    ``indices[i]`` of the axis belongs to channel ``channels[i]`` of the group: a flattened map gives one channel many
+    indices, a concatenation an offset.
     """
 
-    module: str
+    tensor: str
+    axis: int
     side: Side
     indices: tuple[int, ...]
     channels: tuple[int, ...]
+
+    @property
+    def module(self) -> str:
+        return self.tensor.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,18 @@ class ChannelGroup:
     reason: str = ""
     difference: float | None = None  # relative difference of masked and removed, as probed
 
+    @property
+    def unit(self) -> int:
+        """How many outputs of a layer one channel of the group is: 1, or as many as a head or a conv group holds."""
+        return min((len(m.indices) // self.width for m in self.members if m.side == "out"), default=1)
+
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """All groups of a network, in the order of its writers."""
+    """All groups of a network, in the order of its writers. ``path`` tells apart what its forward did to show them."""
 
     groups: tuple[ChannelGroup, ...]
+    path: str = ""
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:

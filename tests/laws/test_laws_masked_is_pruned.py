@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.run_folder import dump, load
+from vpdeploy.surgery.certificate import certify, masked_vs_pruned
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import certify, masked_vs_pruned, probe, relative_difference
+from vpdeploy.surgery.exactness import probe, relative_difference
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
@@ -35,7 +36,7 @@ def test_masked_equals_pruned_for_every_exact_group(family, data):
     x = image(data.draw(st.integers(0, 99)))
     with torch.no_grad():
         masked = Gated(copy.deepcopy(network), groups)(x, mask_row(groups, mask, dtype=torch.float64))
-        removed = cut(network, plan(network, groups, mask, example=example_input(SIDE)))(x)
+        removed = cut(network, plan(network, groups, mask))(x)
     assert masked.shape == removed.shape == (3, CLASSES)
     assert float((masked - removed).abs().max()) <= SAME_IN_FLOAT64 * float(masked.abs().max())
 
@@ -210,7 +211,7 @@ def test_the_certificate_measures_the_network_itself():
     groups = probed(network)
     keep = {g.root: tuple(i % 2 == 0 for i in range(g.width)) for g in groups.prunable}
     mask = ChannelMask(keep)
-    pruned = cut(network, plan(network, groups.prunable, mask, example=example_input(SIDE)))
+    pruned = cut(network, plan(network, groups.prunable, mask))
     selection = Selection(mask, "macs_ratio", 0.5, 0.4)
     certificate = certify(network, pruned, groups, selection, canvas=image(1))
     assert certificate.masked_vs_pruned <= SAME_IN_FLOAT64

@@ -9,14 +9,15 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FAMILIES, SIDE, image, masks, networks, probed, randomised
+from strategies import FAMILIES, image, masks, networks, probed, randomised
 from torch import nn
 
 from vpdeploy.deploy.bake import bake
 from vpdeploy.errors import SurgeryError
 from vpdeploy.run_folder import dump, load, read_found, write_found
+from vpdeploy.surgery.certificate import masked_vs_pruned
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import masked_vs_pruned, probe
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.fit import fit
@@ -31,7 +32,7 @@ from vpdeploy.values import ChannelMask, Dense, Found, PrunePlan, Tuned
 def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
     network = data.draw(networks(family)).float()
     groups = probed(network).prunable
-    made = plan(network, groups, data.draw(masks(groups)), example=example_input(SIDE))
+    made = plan(network, groups, data.draw(masks(groups)))
     replayed = load(PrunePlan, dump(made), where="plan.json")
     assert replayed == made
     first, again = cut(network, made), cut(copy.deepcopy(network), replayed)
@@ -50,7 +51,7 @@ def test_replay_on_the_source_and_what_was_found_gives_the_same_bits(tmp_path):
     found = read_found(tmp_path / "found.safetensors")
     groups = tiny.groups_of(source).prunable
     mask = ChannelMask({group.root: tuple(i % 3 > 0 for i in range(group.width)) for group in groups})
-    made = plan(moved, groups, mask, example=example_input(tiny.CANVAS))
+    made = plan(moved, groups, mask)
     replayed = cut(with_statistics(Dense(source), found), load(PrunePlan, dump(made), where="plan.json"))
     assert tiny.snapshot(replayed) == tiny.snapshot(cut(moved, made))
 
@@ -61,7 +62,7 @@ def test_a_plan_for_another_network_is_refused_with_what_differs():
     )
     groups = probed(small).prunable
     mask = ChannelMask({groups[0].root: (True, False, True, False)})
-    made = plan(small, groups, mask, example=example_input(SIDE))
+    made = plan(small, groups, mask)
     with pytest.raises(SurgeryError) as caught:
         cut(large, made)
     message = str(caught.value)
@@ -80,7 +81,7 @@ def test_emptying_a_group_is_refused():
     network = randomised(FAMILIES["residual"]((4, 5, 6, 7), nn.ReLU), seed=0)
     groups = probed(network).prunable
     with pytest.raises(SurgeryError, match="removing 4 channels would empty a layer"):
-        plan(network, groups, ChannelMask({groups[0].root: (False,) * 4}), example=example_input(SIDE))
+        plan(network, groups, ChannelMask({groups[0].root: (False,) * 4}))
 
 
 # --- the empty plan -------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_the_empty_plan_is_the_identity(family):
     groups = probed(network).prunable
     whole = ChannelMask({group.root: (True,) * group.width for group in groups})
     for mask in (whole, ChannelMask({})):
-        made = plan(network, groups, mask, example=example_input(SIDE))
+        made = plan(network, groups, mask)
         assert made.kept == {} and made.attributes == {}
         same = cut(network, made)
         assert same is not network and tiny.snapshot(same) == tiny.snapshot(network)
@@ -121,7 +122,7 @@ def test_surgery_leaves_the_network_as_it_was():
     groups = probe(network, found, canvas_size=tiny.CANVAS).prunable
     assert tiny.snapshot(network) == before
     mask = ChannelMask({group.root: tuple(i % 2 == 0 for i in range(group.width)) for group in groups})
-    made = plan(network, groups, mask, example=example)
+    made = plan(network, groups, mask)
     assert tiny.snapshot(network) == before
     pruned = cut(network, made)
     assert tiny.snapshot(network) == before

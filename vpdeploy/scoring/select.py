@@ -45,14 +45,20 @@ class Selector:
         return self.cost.macs(widths) if self.kind == "macs_ratio" else self.cost.params(widths)
 
 
-def allowed_widths(width: int, *, round_to: int, max_removal: float) -> list[int]:
+LEAST_CHANNELS = 4  # of a layer: a squeeze of 2 or 3 channels says nothing, and saves nothing
+
+
+def allowed_widths(width: int, *, unit: int = 1, round_to: int, max_removal: float) -> list[int]:
     """The kept widths that a group may have, ascending; the last is the full width.
 
-    Multiples of ``round_to``; in groups narrower than 4 x ``round_to`` multiples of the largest power of two up to a
-    quarter of their width, so that narrow groups keep a choice. Never 0, and never less than ``max_removal`` leaves.
+    A layer keeps ``unit`` outputs for each channel of the group: multiples of ``round_to`` of these; in groups narrower than
+    4 such steps multiples of the largest power of two up to a quarter of their width, so that narrow groups keep a choice.
+    Never fewer than LEAST_CHANNELS outputs, and never less than ``max_removal`` leaves.
     """
-    step = round_to if width >= 4 * round_to else 2 ** max(0, int(math.log2(max(1, width // 4))))
-    least = max(1, math.ceil(width * (1 - max_removal) - 1e-9))
+    step = round_to // math.gcd(round_to, unit)
+    if width < 4 * step:
+        step = 2 ** max(0, int(math.log2(max(1, width // 4))))
+    least = max(math.ceil(LEAST_CHANNELS / unit), math.ceil(width * (1 - max_removal) - 1e-9))
     return [w for w in range(step, width, step) if w >= least] + [width]
 
 
@@ -74,7 +80,7 @@ def build_selector(
     blocks: list[tuple[int, int, int, bool]] = []  # place, group, width, must stay
     for number, group in enumerate(groups):
         edge = 0
-        for kept in allowed_widths(group.width, round_to=round_to, max_removal=max_removal):
+        for kept in allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=max_removal):
             blocks.append((int(starts[number]) + edge, number, kept - edge, edge == 0))
             edge = kept
     place, owner, size, must = (

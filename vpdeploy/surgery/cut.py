@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,11 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     Raises: SurgeryError listing where names or shapes differ from those the plan was made for.
     """
     _check_fit(backbone, plan)
-    pruned = copy.deepcopy(backbone)
-    originals = tensors(pruned)
+    memo: dict[int, Any] = {}  # what the copy takes in place of the tensors that lose something: no whole copy is made
+    originals = tensors(backbone)
     for name, axes in plan.kept.items():
-        tensor = originals[name]
-        for axis, indices in axes.items():
-            tensor = tensor.detach().index_select(axis, torch.tensor(indices, device=tensor.device))
-        _set(pruned, name, tensor, like=originals[name])
+        memo[id(originals[name])] = _selected(originals[name], axes)
+    pruned = copy.deepcopy(backbone, memo)
     for name, values in plan.attributes.items():
         module = pruned.get_submodule(name)
         for key, value in values.items():
@@ -51,10 +51,14 @@ def _check_fit(backbone: nn.Module, plan: PrunePlan) -> None:
         )
 
 
-def _set(network: nn.Module, name: str, tensor: Tensor, *, like: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = network.get_submodule(path)
-    if isinstance(like, nn.Parameter):
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))
-    else:
-        setattr(owner, leaf, tensor)  # a registered buffer stays one
+def _selected(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
+    left = tensor.detach()
+    for axis, indices in axes.items():
+        left = left.index_select(axis, torch.tensor(indices, device=tensor.device))
+    if _is_channels_last(tensor):
+        left = left.contiguous(memory_format=torch.channels_last)
+    return nn.Parameter(left, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

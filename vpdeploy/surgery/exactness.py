@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,49 +13,71 @@ from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, offsets
+from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.plan import plan
-from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMask, GroupRecord, Selection
+from vpdeploy.surgery.trace import in_module, modules_followed, on_cpu, told, trace, twin_of
+from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating all groups must change the logits by this much, relative, or the probe saw nothing
 DRAWS = 4  # of random weights, at most, until no group is dead
 ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
+APPROXIMATE = "removal is approximate: budget.allow_approximate = true takes it, and tells the difference"
+LARGE = 128  # pixels; from there on one image is probed
 Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """What probes share: the network as it came, a redrawn float64 one, a small input, its output, a large input."""
+    """What probes share: a redrawn float64 network, a small input, its output, a large input."""
 
-    backbone: nn.Module
     redrawn: nn.Module
     x: Tensor
     full: Tensor
     large: Tensor | None = None
 
 
-def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> ChannelGroups:
+def probe(
+    backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int, allow_approximate: bool = False
+) -> ChannelGroups:
     """Decide for every group whether removal equals masking. ``backbone`` is unchanged.
 
     On a float64 copy in eval mode with every parameter and statistic redrawn (a last BatchNorm scale of 0 would pass
     anything), at the smallest input that the network takes: half of every group is gated, the same half removed; the
     logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards for each of
-    HALVES, for the last of them also at ``canvas_size``, where a network may take another path; bisected on disagreement.
-    A group that alone disagrees is excluded with the difference; ``difference`` of the others is that of all together.
+    HALVES, for the last of them also at ``canvas_size`` where the network takes another path there; bisected on
+    disagreement. A group that alone disagrees is excluded with the difference; ``difference`` of the others is that of all
+    together.
 
     Each group gated alone must change the logits too, or it is excluded as not probed: the others would hide it. By
     ALIVE only: behind a squeeze or deep in a residual stream one group of many honestly changes them by less than CONTROL.
 
+    Groups over which a norm takes statistics are approximate. With ``allow_approximate`` they are taken if removal is exact
+    but for the statistics, with the ``difference`` that these make; otherwise they are excluded.
+
     Raises: SurgeryError when no input up to ``canvas_size`` runs.
     """
-    candidates = [group for group in groups.groups if group.status != "excluded"]
-    bench, judged = _liveliest(backbone, candidates, canvas_size=canvas_size)
-    both = bench
-    if bench.x.shape[-1] < canvas_size:  # one image: forwards in float64 are slow at this size
-        both = replace(bench, large=example_input(canvas_size, batch=1, dtype=torch.float64))
-    probes = [*((bench, half) for half in HALVES[:-1]), (both, HALVES[-1])]
-    verdicts = {group.root: group for group in judged}
+    candidates = [group for group in groups.groups if group.status == "exact"]
+    normalised = [group for group in groups.groups if group.status == "approximate"]
+    bench, judged = _liveliest(backbone, [*candidates, *normalised], canvas_size=canvas_size)
+    alive = {group.root: group for group in judged}
+    if _path(backbone, bench.x) != groups.path:  # one image: forwards in float64 are slow at this size
+        bench = replace(bench, large=example_input(canvas_size, batch=1, dtype=torch.float64))
+    verdicts = _agreed(bench, [alive[group.root] for group in candidates])
+    if allow_approximate:
+        taken = [group for group in verdicts.values() if group.status == "exact"]
+        verdicts |= _approximate(bench, [alive[group.root] for group in normalised], beside=taken)
+    else:
+        verdicts |= {g.root: replace(g, status="excluded", reason=f"{g.reason}; {APPROXIMATE}") for g in normalised}
+    return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
+
+
+def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:
+    """The verdict on each of ``candidates``: alone where they disagree, and on all that is left together."""
+    small = replace(bench, large=None)
+    probes = [*((small, half) for half in HALVES[:-1]), (bench, HALVES[-1])]
+    verdicts = {group.root: group for group in candidates}
     doubted = False
     for place, half in probes:
         standing = [group for group in verdicts.values() if group.status != "excluded"]
@@ -71,7 +92,40 @@ def probe(backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int) -> Ch
             if together.status != "exact":  # exact alone, not together: nothing can be promised
                 reason = f"together with others {together.reason}"
                 verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
-    return ChannelGroups(tuple(verdicts.get(group.root, group) for group in groups.groups))
+    return verdicts
+
+
+def _approximate(
+    bench: _Bench, candidates: Sequence[ChannelGroup], *, beside: Sequence[ChannelGroup]
+) -> dict[str, ChannelGroup]:
+    """Groups whose removal is exact once norms take no statistics, each alone and all with ``beside``."""
+    verdicts = {group.root: group for group in candidates}
+    with norms_without_statistics():
+        calm = _Bench(bench.redrawn, bench.x, _forward(bench.redrawn, bench.x))
+        exact = [
+            g
+            for g in _agreed(calm, [replace(g, status="exact") for g in candidates if g.status != "excluded"]).values()
+        ]
+        taken = [g for g in exact if g.status == "exact"]
+        if taken and beside and _verdict(calm, [*beside, *taken], HALVES[0], control=ALIVE).status != "exact":
+            exact = [replace(g, status="excluded", reason="not exact together with the other groups") for g in exact]
+    for group in exact:
+        if group.status == "exact":
+            whole = _verdict(bench, [group], HALVES[0], control=ALIVE)
+            why = verdicts[group.root].reason
+            group = replace(group, status="approximate", reason=why, difference=whole.difference)
+        verdicts[group.root] = group
+    return verdicts
+
+
+def _forward(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network(x)
+
+
+def _path(backbone: nn.Module, x: Tensor) -> str:
+    """What the forward does at the size of ``x``: the same as at the size that showed the groups, or something else."""
+    return trace(twin_of(backbone, on_cpu(torch.float32)), x.float()).path
 
 
 def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup]) -> float:
@@ -113,7 +167,7 @@ def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[Channel
             continue
         try:
             with torch.no_grad():
-                gated = Gated(copy.deepcopy(bench.redrawn), [group])
+                gated = Gated(twin_of(bench.redrawn), [group])
                 change = relative_difference(bench.full, gated(bench.x, bench.x.new_zeros(group.width)))
         except Exception:  # it cannot be gated, and the joint probe says why
             continue
@@ -125,12 +179,12 @@ def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[Channel
 
 def _slopes(bench: _Bench, groups: Sequence[ChannelGroup]) -> Tensor:
     """How fast a mixture of the logits changes along each gate, relative: [channels]; 0 where that cannot be told."""
-    gates = torch.ones(sum(group.width for group in groups), dtype=torch.float64, requires_grad=True)
-    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    try:
+    gates = torch.ones(sum(group.width for group in groups), requires_grad=True)
+    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0))
+    try:  # in float32, in half the time and memory: what is dead has no slope at all
         with torch.enable_grad():
-            gated = Gated(copy.deepcopy(bench.redrawn).requires_grad_(False), groups)
-            (slopes,) = torch.autograd.grad((gated(bench.x, gates) * mixture).sum(), [gates])
+            gated = Gated(twin_of(bench.redrawn, on_cpu(torch.float32)), groups)
+            (slopes,) = torch.autograd.grad((gated(bench.x.float(), gates) * mixture).sum(), [gates])
     except Exception:  # a group that cannot be gated, no gradient, tensors changed in place: forwards decide
         return torch.zeros_like(gates)
     return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
@@ -155,20 +209,20 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, contr
         return replace(groups[0], status="excluded", reason="it is one channel wide")
     mask = half(groups)
     row = mask_row(groups, mask, dtype=torch.float64)
+    inside: list[str] = []
     try:
-        gated = Gated(copy.deepcopy(bench.redrawn), groups)
-        small = cut(bench.redrawn, plan(bench.backbone, groups, mask, example=bench.x.float()))
-        with torch.no_grad():
+        gated = Gated(twin_of(bench.redrawn), groups)
+        small = cut(bench.redrawn, plan(bench.redrawn, groups, mask))
+        with torch.no_grad(), modules_followed(small) as inside:
             masked = gated(bench.x, row)
             difference, where = relative_difference(masked, small(bench.x)), ""
             if difference <= EXACT and bench.large is not None:
                 difference = max(difference, relative_difference(gated(bench.large, row), small(bench.large)))
                 where = f" at {bench.large.shape[-1]} pixels"
     except Exception as e:  # torch-pruning, or a forward that does not take the new widths
-        reason = (
-            f"removing its channels fails: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        return replace(
+            groups[0], status="excluded", reason=f"removing its channels fails{in_module(inside)}: {told(e)}"
         )
-        return replace(groups[0], status="excluded", reason=reason)
     if difference == float("inf"):  # no difference to tell, and none that JSON could hold
         reason = "not probed: the logits with random weights are not finite, or change their shape"
         return replace(groups[0], status="excluded", reason=reason)
@@ -214,17 +268,17 @@ HALVES: tuple[Half, ...] = (_random_half, _last_part)
 
 
 def _bench(backbone: nn.Module, canvas_size: int, *, seed: int) -> _Bench:
-    redrawn = redraw(copy.deepcopy(backbone).cpu().double().eval(), seed=seed)
+    redrawn = redraw(twin_of(backbone, lambda tensor: on_cpu(torch.float64)(tensor.clone())), seed=seed)
     failure: Exception | None = None
     for side in [*(s for s in SIDES if s < canvas_size), canvas_size]:
-        x = example_input(side, dtype=torch.float64)
+        x = example_input(side, batch=2 if side < LARGE else 1, dtype=torch.float64)
         try:
             with torch.no_grad():
                 full = redrawn(x)
         except Exception as e:  # too small for this network: try the next size
             failure = e
             continue
-        return _Bench(backbone, redrawn, x, full)
+        return _Bench(redrawn.requires_grad_(False), x, full)
     raise SurgeryError(
         f"network {type(backbone).__name__}: its forward fails in float64 at every size up to {canvas_size}: {failure}"
     ) from failure
@@ -249,42 +303,3 @@ def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
             positive = unsigned or name.endswith("running_var")
             tensor.data = drawn + 0.5 if positive else drawn - 0.5
     return network
-
-
-def masked_vs_pruned(
-    backbone: nn.Module, pruned: nn.Module, groups: Sequence[ChannelGroup], mask: ChannelMask, *, canvas: Tensor
-) -> float:
-    """Largest relative difference of the logits, masked against removed, on the real network in float64.
-
-    canvas: what the backbone sees, [n, 3, C, C]. This number goes into the certificate.
-    """
-    x = canvas.detach().cpu().double()
-    masked_network = Gated(copy.deepcopy(backbone).cpu().double().eval(), groups)
-    small = copy.deepcopy(pruned).cpu().double().eval()
-    with torch.no_grad():
-        masked = masked_network(x, mask_row(groups, mask, dtype=torch.float64))
-        return relative_difference(masked, small(x))
-
-
-AGREEMENT = 1e-6  # float64, real weights: 1e-16 to 1e-12 was measured; more means that something else was computed
-
-
-def certify(
-    source: nn.Module, pruned: nn.Module, groups: ChannelGroups, selection: Selection, *, canvas: Tensor
-) -> Certificate:
-    """What is proved of a cut. source: the dense network that was cut; canvas: real images as it sees them, [n, 3, C, C].
-
-    Raises: SurgeryError when masking and removal do not give the same logits.
-    """
-    agreement = masked_vs_pruned(source, pruned, groups.prunable, selection.mask, canvas=canvas)
-    if not agreement <= AGREEMENT:
-        raise SurgeryError(
-            f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(canvas)} real images; expected at "
-            f"most {AGREEMENT:g}: removal is not exact for this network, please report it with the recipe"
-        )
-    widths = selection.mask.widths()
-    records = tuple(
-        GroupRecord(g.root, g.width, widths.get(g.root, g.width), g.status, g.reason, g.difference)
-        for g in groups.groups
-    )
-    return Certificate(agreement, len(canvas), selection.budget, selection.requested, selection.reached, records)

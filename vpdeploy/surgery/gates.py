@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.groups import offsets
 from vpdeploy.values import ChannelGroup, ChannelMask
 
@@ -60,11 +62,15 @@ class Gated(nn.Module):
                     continue
                 reader = backbone.get_submodule(member.module)
                 # Inputs that belong to no group read the constant 1 that stands after the last channel.
-                place = places.setdefault(member.module, torch.full((_inputs(reader),), total))
+                place = places.setdefault(member.module, torch.full((_positions(reader),), total))
                 place[list(member.indices)] = torch.tensor(member.channels) + rows[group.root].start
         for number, (name, place) in enumerate(places.items()):
-            self.register_buffer(f"place_{number}", place, persistent=False)
             reader = backbone.get_submodule(name)
+            if isinstance(reader, _ConvNd) and not reader.transposed:
+                place = place.repeat(
+                    reader.groups
+                )  # the weight's axis is what one group reads: all read the same positions
+            self.register_buffer(f"place_{number}", place, persistent=False)
             reader.register_forward_pre_hook(partial(self._gate, number, isinstance(reader, nn.Linear)))
 
     def _gate(self, number: int, last: bool, reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -82,10 +88,14 @@ class Gated(nn.Module):
             self._values = None
 
 
-def _inputs(reader: nn.Module) -> int:
-    width = getattr(reader, "in_features", None) or getattr(reader, "in_channels", None)
-    assert isinstance(width, int), f"{type(reader).__name__} is no reader"
-    return width
+def _positions(reader: nn.Module) -> int:
+    """How long the axis of its weight is that it reads along."""
+    if isinstance(reader, nn.Linear):
+        return reader.in_features
+    if isinstance(reader, _ConvNd):
+        return reader.in_channels if reader.transposed else reader.in_channels // reader.groups
+    assert isinstance(reader, ChannelGather), f"{type(reader).__name__} is no reader"
+    return reader.in_channels
 
 
 def mask_row(groups: Sequence[ChannelGroup], mask: ChannelMask, *, dtype: torch.dtype) -> Tensor:

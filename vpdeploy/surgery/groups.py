@@ -1,21 +1,20 @@
-"""Which channels must go together: torch-pruning's groups as plain data."""
+"""Which channels must go together: the components of the labels that a forward joined, as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
-from vpdeploy.surgery.graph import analysable_copy, build_graph, side_of
+from vpdeploy.surgery.labels import Ints
+from vpdeploy.surgery.trace import Trace, on_cpu, trace, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups, Member, Side
 
 READERS = (_ConvNd, nn.Linear, ChannelGather)
@@ -27,87 +26,159 @@ def find_groups(backbone: nn.Module, example: Tensor) -> ChannelGroups:
     Groups that can never be removed are excluded with the reason; the others still have to be probed
     (``surgery.exactness.probe``). ``backbone`` is unchanged.
 
-    Raises: SurgeryError when torch-pruning cannot analyse the network.
+    Raises: SurgeryError when its forward fails.
     """
-    twin = analysable_copy(backbone)
-    graph = build_graph(twin, example)
-    place = {name: i for i, (name, _) in enumerate(twin.named_modules())}
-    try:
-        found = list(graph.get_all_groups(root_module_types=[_ConvNd, nn.Linear]))
-    except Exception as e:  # for example ZeroDivisionError on channel shuffles
-        raise SurgeryError(
-            f"network {type(backbone).__name__}: torch-pruning cannot group its channels: {type(e).__name__}: {e}"
-        ) from e
-    groups = [_as_group(graph, twin, items, place) for items in found]
-    groups.sort(key=lambda group: place[group.root])
-    return ChannelGroups(tuple(_exclude_overlaps(_exclude_tied(_exclude_computed(groups, twin), twin))))
+    twin = twin_of(backbone, on_cpu(torch.float32))
+    return groups_of(trace(twin, example), twin)
 
 
-def _as_group(
-    graph: tp.DependencyGraph, twin: nn.Module, items: tp.dependency.Group, place: dict[str, int]
-) -> ChannelGroup:
-    members: list[Member] = []
-    reasons: list[str] = []
-    names = {module: name for name, module in twin.named_modules()}
-    for item in items:
-        module = item.dep.target.module
-        if isinstance(module, nn.Parameter):
-            name, side = graph._param_to_name[module], "both"
-        elif module in names:
-            name, side = names[module], side_of(graph, module, item.dep.handler)
-            if side == "in" and not isinstance(module, READERS):
-                reasons.append(f"it is read by {name}, a {type(module).__name__}, which cannot lose inputs")
-        else:
-            if type(module).__name__ == "_OutputOp":
-                reasons.append("its channels are the network's outputs")
-            continue
-        pairs = sorted(zip(item.idxs, item.root_idxs, strict=True))
-        members.append(Member(name, side, tuple(i for i, _ in pairs), tuple(c for _, c in pairs)))
-    width = len(items[0].idxs)
-    if not reasons and all(member.side != "in" for member in members):
-        reasons.append("no layer reads it: its channels are the network's outputs, or lead nowhere")
-    group = ChannelGroup(_root(members, width, place), width, tuple(_merge(members)))
-    return replace(group, status="excluded", reason=reasons[0]) if reasons else group
+def groups_of(seen: Trace, twin: nn.Module) -> ChannelGroups:
+    """The groups of a network from what its forward showed."""
+    table = _Table.of(seen)
+    parts = table.alike((seen.components.rigid, seen.components.normalised))
+    found = [group for rows in parts if (group := _as_group(rows, table, seen, twin)) is not None]
+    place = {name: number for number, name in enumerate(seen.labels)}
+    found.sort(key=lambda group: min((place[m.tensor], min(m.indices)) for m in group.members if m.side == "out"))
+    return ChannelGroups(tuple(_exclude_tied(_exclude_computed(found, twin), twin)), seen.path)
 
 
-def _root(members: Sequence[Member], width: int, place: dict[str, int]) -> str:
-    """The first writer, in module order, whose outputs are exactly the group's channels."""
-    whole = tuple(range(width))
-    writers = [m.module for m in members if m.side == "out" and m.indices == whole and m.channels == whole]
-    return min(writers or [members[0].module], key=lambda name: place.get(name, len(place)))
+@dataclass(frozen=True)
+class _Table:
+    """Every position of every axis as a row, sorted by component, then axis, then position."""
+
+    axes: tuple[tuple[str, int], ...]
+    component: Ints
+    axis: Ints  # number in ``axes``
+    index: Ints
+    side: Ints  # of the axis there: 0 both, 1 in, 2 out
+    readers: Mapping[tuple[str, int], set[str]]  # of an axis: the modules whose products read along it
+
+    @staticmethod
+    def of(seen: Trace) -> _Table:
+        side = np.zeros(len(seen.components.of), np.int64)
+        for role in seen.roles:
+            side[role.labels] = np.maximum(side[role.labels], 1 if role.side == "in" else 2)
+        axes = tuple((name, axis) for name, sizes in seen.labels.items() for axis, row in enumerate(sizes) if len(row))
+        rows = [seen.labels[name][axis] for name, axis in axes]
+        labels = np.concatenate(rows)
+        number = np.repeat(np.arange(len(axes)), [len(row) for row in rows])
+        index = np.concatenate([np.arange(len(row)) for row in rows])
+        component = seen.components.of[labels]
+        touched = np.zeros(len(side), bool)
+        touched[component[side[labels] > 0]] = True  # only what some product writes or reads is a channel
+        chosen = np.flatnonzero(touched[component])
+        chosen = chosen[np.lexsort((index[chosen], number[chosen], component[chosen]))]
+        return _Table(
+            axes, component[chosen], number[chosen], index[chosen], side[labels[chosen]], _readers(seen, axes)
+        )
+
+    def alike(self, fates: Sequence[Mapping[int, str]]) -> Iterable[list[slice]]:
+        """Components that touch the same axes equally often and share their fate: the channels of one group, as rows."""
+        edges = [0, *(np.flatnonzero(np.diff(self.component)) + 1).tolist(), len(self.component)]
+        kinds: dict[tuple[object, ...], list[slice]] = {}
+        for a, b in pairwise(edges) if len(self.component) else ():
+            fate = tuple(int(self.component[a]) in fate for fate in fates)
+            kinds.setdefault((self.axis[a:b].tobytes(), self.side[a:b].tobytes(), fate), []).append(slice(a, b))
+        return kinds.values()
 
 
-def _merge(members: Sequence[Member]) -> Iterator[Member]:
-    """One member for each module and side, in a stable order."""
-    seen: dict[tuple[str, Side], dict[int, int]] = {}
-    for member in members:
-        seen.setdefault((member.module, member.side), {}).update(zip(member.indices, member.channels, strict=True))
-    for (module, side), pairs in sorted(seen.items()):
-        yield Member(module, side, tuple(sorted(pairs)), tuple(pairs[i] for i in sorted(pairs)))
+def _as_group(parts: list[slice], table: _Table, seen: Trace, twin: nn.Module) -> ChannelGroup | None:
+    """The group of these components; None where nothing writes them, as on the network's input."""
+    rows = table.axis[parts[0]]
+    sides = table.side[parts[0]]
+    if not (sides == 2).any():
+        return None
+    positions = np.stack([table.index[part] for part in parts])  # [channels, rows]
+    root = _root_row(rows, sides, [len(seen.labels[name][axis]) for name, axis in table.axes], width=len(parts))
+    order = np.argsort(positions[:, root], kind="stable")
+    positions, parts = positions[order], [parts[i] for i in order]
+    members = []
+    for number in dict.fromkeys(rows.tolist()):
+        mine = np.flatnonzero(rows == number)
+        indices = positions[:, mine].ravel()
+        channels = np.repeat(np.arange(len(parts)), len(mine))
+        ascending = np.argsort(indices, kind="stable")
+        side: Side = ("both", "in", "out")[int(sides[mine].max())]
+        name, axis = table.axes[number]
+        members.append(
+            Member(name, axis, side, tuple(indices[ascending].tolist()), tuple(channels[ascending].tolist()))
+        )
+    name, axis = table.axes[int(rows[root])]
+    group = ChannelGroup(
+        _root_name(name, next(m for m in members if (m.tensor, m.axis) == (name, axis)), len(seen.labels[name][axis])),
+        len(parts),
+        tuple(members),
+    )
+    component = int(table.component[parts[0]][0])
+    reason = seen.components.rigid.get(component) or _no_gate(group, table.readers, twin)
+    if reason is not None:
+        return replace(group, status="excluded", reason=reason)
+    normalised = seen.components.normalised.get(component)
+    return group if normalised is None else replace(group, status="approximate", reason=normalised)
 
 
-def _exclude_overlaps(groups: Iterable[ChannelGroup]) -> Iterator[ChannelGroup]:
-    """An index that two groups claim cannot be removed by either alone: the later one is excluded."""
-    owner: dict[tuple[str, Side, int], str] = {}
-    for group in groups:
-        claims: list[tuple[str, Side, int]] = [(m.module, m.side, i) for m in group.members for i in m.indices]
-        taken = next((owner[claim] for claim in claims if claim in owner), None)
-        if taken is not None and group.status != "excluded":
-            group = replace(group, status="excluded", reason=f"it shares channels with the group of {taken}")
-        for claim in claims:
-            owner.setdefault(claim, group.root)
-        yield group
+def _root_row(rows: Ints, sides: Ints, sizes: Sequence[int], *, width: int) -> int:
+    """The first axis that is written and holds exactly the group's channels, or else the first that is written."""
+    written = np.flatnonzero(sides == 2).tolist()
+    once = [row for row in written if (rows == rows[row]).sum() == 1 and sizes[int(rows[row])] == width]
+    return (once or written)[0]
+
+
+def _root_name(tensor: str, member: Member, size: int) -> str:
+    """The writer's name, with the range of its channels where they are a part of all."""
+    path, _, leaf = tensor.rpartition(".")
+    name = path if leaf in ("weight", "target") and path else tensor
+    indices = sorted(member.indices)
+    if len(indices) == size:
+        return name
+    starts = [b for a, b in pairwise([-2, *indices]) if b != a + 1]
+    ends = [a + 1 for a, b in pairwise([*indices, size + 2]) if b != a + 1]
+    return f"{name}[{','.join(f'{a}:{b}' for a, b in zip(starts, ends, strict=True))}]"
+
+
+def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]], twin: nn.Module) -> str | None:
+    """Why no gate can stand before every reader, or None."""
+    readers = [member for member in group.members if member.side == "in"]
+    if not readers:
+        return "no layer reads it: its channels are the network's outputs, or lead nowhere"
+    if group.width < 2:
+        return "it is one channel wide"
+    modules = dict(twin.named_modules())
+    for member in readers:
+        module = modules.get(member.module)
+        if not isinstance(module, READERS) or (member.tensor.rpartition(".")[2], member.axis) != _read_axis(module):
+            kind = f"a parameter of a {type(module).__name__}" if module is not None else "a parameter"
+            return f"it is read by {member.tensor}, {kind}, before which no gate can stand"
+        others = readers_of[member.tensor, member.axis] - {member.module}
+        if others:
+            return f"{min(others) or 'the network'} reads {member.tensor} itself, where no gate can stand"
+    return None
+
+
+def _readers(seen: Trace, axes: Sequence[tuple[str, int]]) -> dict[tuple[str, int], set[str]]:
+    """By whom each axis is read along in a product: the modules that make it."""
+    starts = np.array([seen.labels[name][axis][0] for name, axis in axes])
+    found: dict[tuple[str, int], set[str]] = {}
+    for role in seen.roles:
+        if role.side == "in":
+            for number in np.unique(np.searchsorted(starts, role.labels, side="right") - 1).tolist():
+                found.setdefault(axes[number], set()).add(role.module)
+    return found
+
+
+def _read_axis(module: nn.Module) -> tuple[str, int]:
+    if isinstance(module, ChannelGather):
+        return "source", 0
+    return "weight", 0 if isinstance(module, _ConvTransposeNd) else 1
 
 
 def _exclude_computed(groups: Iterable[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
-    """A weight that is computed from other tensors cannot be cut: torch-pruning would lay a parameter in its place."""
+    """A weight that is computed from other tensors at every forward: what becomes of its channels is not known."""
     modules = dict(twin.named_modules())
     for group in groups:
-        names = [member.module for member in group.members if member.module in modules]
-        reasons = (_how_to_fold(modules[name], name, leaf) for name in names for leaf in _computed(modules[name]))
-        if group.status != "excluded" and (reason := next(reasons, None)) is not None:
-            group = replace(group, status="excluded", reason=reason)
-        yield group
+        names = [member.module.partition(".parametrizations.")[0] for member in group.members]
+        reasons = (_how_to_fold(modules[n], n, leaf) for n in names if n in modules for leaf in _computed(modules[n]))
+        yield group if (reason := next(reasons, None)) is None else replace(group, status="excluded", reason=reason)
 
 
 def _computed(module: nn.Module) -> Iterator[str]:
@@ -132,11 +203,10 @@ def _how_to_fold(module: nn.Module, name: str, leaf: str) -> str:
 
 
 def _exclude_tied(groups: Iterable[ChannelGroup], twin: nn.Module) -> Iterator[ChannelGroup]:
-    """A tensor that two modules share would have to be cut for both at once, and torch-pruning cuts for one."""
+    """A tensor that two modules share is cut for both at once; that their gates agree is not known."""
     tied = _tied_tensors(twin)
     for group in groups:
-        names = (name for member in group.members for name, _ in tensor_axes(twin, member)) if tied else ()
-        reason = next((tied[name] for name in names if name in tied), None)
+        reason = next((tied[member.tensor] for member in group.members if member.tensor in tied), None)
         if reason is not None and group.status != "excluded":
             group = replace(group, status="excluded", reason=reason)
         yield group
@@ -157,35 +227,6 @@ def _tied_tensors(network: nn.Module) -> dict[str, str]:
             tied.setdefault(f"{path}.{leaf}".lstrip("."), reason)
             tied[f"{other}.{other_leaf}".lstrip(".")] = reason
     return tied
-
-
-def tensor_axes(backbone: nn.Module, member: Member) -> tuple[tuple[str, int], ...]:
-    """The tensors that a member's channels run along: (tensor name, axis)."""
-    tensors = dict(backbone.named_parameters())
-    if member.module in tensors:  # a bare parameter: torch-pruning cuts its last axis longer than 1
-        shape = tensors[member.module].shape
-        return ((member.module, max(axis for axis, size in enumerate(shape) if size > 1)),)
-    module = backbone.get_submodule(member.module)
-    prefix = f"{member.module}." if member.module else ""
-    return tuple((prefix + name, axis) for name, axis in _axes(module, member.side))
-
-
-def _axes(module: nn.Module, side: Side) -> Iterator[tuple[str, int]]:
-    if isinstance(module, ChannelGather):
-        yield ("target", 0) if side == "out" else ("source", 0)
-    elif isinstance(module, _ConvNd | nn.Linear):
-        if side == "in":
-            yield "weight", 0 if isinstance(module, _ConvTransposeNd) else 1
-        else:
-            yield "weight", 1 if isinstance(module, _ConvTransposeNd) and side == "out" else 0
-            if module.bias is not None:
-                yield "bias", 0
-    else:
-        names = ["weight", "bias", *(["running_mean", "running_var"] if isinstance(module, _BatchNorm) else [])]
-        for name in names:
-            tensor = getattr(module, name, None)
-            if isinstance(tensor, Tensor) and tensor.numel() > 1:
-                yield name, tensor.ndim - 1
 
 
 def offsets(groups: Sequence[ChannelGroup]) -> dict[str, slice]:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery import exactness
+from vpdeploy.surgery.certificate import certify
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import HALVES, certify, probe, redraw
+from vpdeploy.surgery.exactness import HALVES, probe, redraw
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask, Selection
@@ -220,7 +221,7 @@ def pruned() -> tuple[nn.Module, nn.Module, ChannelGroups, Selection]:
     network = randomised(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU(), Head(3)), seed=0)
     groups = probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE)
     mask = ChannelMask({"0": (True, False, False, True)})  # the other group is not named: it is whole
-    small = cut(network, plan(network, groups.prunable, mask, example=example_input(SIDE)))
+    small = cut(network, plan(network, groups.prunable, mask))
     return network, small, groups, Selection(mask, "channel_ratio", 0.8, 5 / 7)
 
 

@@ -24,7 +24,7 @@ def network() -> nn.Sequential:
 
 def made(backbone: nn.Module, keep: dict[str, tuple[bool, ...]]) -> PrunePlan:
     groups = find_groups(backbone, example_input(SIDE)).prunable
-    return plan(backbone, groups, ChannelMask(keep), example=example_input(SIDE))
+    return plan(backbone, groups, ChannelMask(keep))
 
 
 def test_a_plan_is_json_that_a_person_can_read():

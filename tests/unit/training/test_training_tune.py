@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training import tune as module
 from vpdeploy.training.network import Compute, Prompted, build_canvas, prompt_state
@@ -112,7 +111,7 @@ def test_arms_see_the_same_images_in_the_same_order(tmp_path: Path, monkeypatch:
 def pruned(backbone: nn.Module) -> nn.Module:
     groups = tiny.groups_of(backbone).prunable
     mask = ChannelMask({group.root: tuple(i % 2 == 0 for i in range(group.width)) for group in groups})
-    return cut(backbone, plan(backbone, groups, mask, example=example_input(tiny.CANVAS)))
+    return cut(backbone, plan(backbone, groups, mask))
 
 
 def test_the_smaller_network_trains(tmp_path: Path) -> None:

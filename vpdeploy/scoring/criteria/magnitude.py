@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.surgery.groups import tensor_axes
-from vpdeploy.values import ChannelGroup
+from vpdeploy.values import ChannelGroup, Member
 
 
 def magnitude(backbone: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
@@ -23,19 +22,16 @@ def magnitude(backbone: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, 
     for group in groups:
         parts: list[Tensor] = []
         for member in group.members:
-            for name, axis in tensor_axes(backbone, member):
-                weight = parameters.get(name)
-                if weight is None or weight.ndim < 2:  # norms and biases weigh nothing here
-                    continue
-                norms = _slice_norms(weight.detach().float().cpu(), axis, member.indices, member.channels, group.width)
-                parts.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
+            weight = parameters.get(member.tensor)
+            if weight is None or weight.ndim < 2:  # norms and biases weigh nothing here
+                continue
+            norms = _slice_norms(weight.detach().float().cpu(), member, group.width)
+            parts.append(norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
         scores[group.root] = torch.stack(parts).mean(dim=0) if parts else torch.ones(group.width)
     return scores
 
 
-def _slice_norms(weight: Tensor, axis: int, indices: Sequence[int], channels: Sequence[int], width: int) -> Tensor:
+def _slice_norms(weight: Tensor, member: Member, width: int) -> Tensor:
     """L2 norm of each channel's slices of ``weight``: [width]."""
-    energy = weight.movedim(axis, 0).reshape(weight.shape[axis], -1).square().sum(dim=1)  # [axis]
-    if max(indices) >= len(energy):  # a grouped convolution's input axis holds one conv group only
-        return torch.ones(width)
-    return torch.zeros(width).index_add_(0, torch.tensor(channels), energy[list(indices)]).sqrt()
+    energy = weight.movedim(member.axis, 0).reshape(weight.shape[member.axis], -1).square().sum(dim=1)  # [axis]
+    return torch.zeros(width).index_add_(0, torch.tensor(member.channels), energy[list(member.indices)]).sqrt()

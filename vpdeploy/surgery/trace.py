@@ -1,0 +1,183 @@
+"""One forward, watched: the labels of all channels pushed through its operations, and the products that it makes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vpdeploy.errors import SurgeryError
+from vpdeploy.models.gather import ChannelGather
+from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
+from vpdeploy.surgery.rules import Call, Product, Role, follow
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward showed.
+
+    ``labels[tensor][axis]``: of every parameter and buffer, [size] each; ``roles``: labels that a product reads or writes,
+    and the module that does; ``products``: of one image; ``path``: a hash of the operations and the modules that called them.
+    """
+
+    labels: dict[str, tuple[Ints, ...]]
+    components: Components
+    roles: tuple[Role, ...]
+    products: tuple[Product, ...]
+    path: str
+
+
+def trace(backbone: nn.Module, example: Tensor) -> Trace:
+    """Watch one forward of ``backbone`` on ``example`` [n, 3, h, w], in eval mode; ``backbone`` is unchanged.
+
+    Raises: SurgeryError when the forward fails, with the module that it fails in.
+    """
+    twin = twin_of(backbone)
+    with modules_followed(twin) as where:
+        watch = _Watch(twin, where)
+        try:
+            with torch.no_grad(), plain_attention(), watch:
+                watch.learn(example, Labelled(tuple(example.shape)))
+                outputs = twin(example)
+        except Exception as e:
+            raise SurgeryError(
+                f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}"
+            ) from e
+    for tensor in tree_leaves(outputs):
+        if isinstance(tensor, Tensor):
+            hold_all(watch.book, watch.known(tensor), "its channels are the network's outputs")
+    products = tuple(p if p.constant else replace(p, rest=p.rest / len(example)) for p in watch.products)
+    return Trace(watch.labels, watch.book.components(), tuple(watch.roles), products, watch.path.hexdigest())
+
+
+def twin_of(network: nn.Module, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+    """A copy of ``network`` in eval mode that shares its tensors, but for those that ``convert`` makes anew.
+
+    Hooks and modes of the copy do not reach ``network``, and a large network is not in memory twice.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*network.parameters(), *network.buffers()]:
+        values = tensor.detach()
+        changed = convert(values)
+        if changed is not values and isinstance(tensor, nn.Parameter):
+            changed = nn.Parameter(changed, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = tensor if changed is values else changed
+    return copy.deepcopy(network, memo).eval()
+
+
+def on_cpu(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """For ``twin_of``: every tensor on the CPU, floating ones of ``dtype``."""
+    return lambda tensor: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.to("cpu")
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as plain products: the fused forms hide them, and torch 2.11 has no formula for the CPU's own."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def modules_followed(network: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules being called, the innermost last; after a failure, those that it happened in."""
+    where: list[str] = []
+
+    def leave(*_: Any) -> None:
+        where.pop()
+
+    handles = []
+    for name, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: where.append(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield where
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_module(where: list[str]) -> str:
+    return f" in {where[-1]}" if where and where[-1] else ""
+
+
+def told(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+class _Watch(TorchDispatchMode):
+    """Asks the rules of every operation what becomes of the labels. ``where``: the modules being called."""
+
+    def __init__(self, network: nn.Module, where: list[str]) -> None:
+        super().__init__()
+        self.book = LabelBook()
+        self.products: list[Product] = []
+        self.roles: list[Role] = []
+        self.path = hashlib.sha256()
+        self._where = where
+        self._gathering = False
+        self._known: Any = WeakIdKeyDictionary()
+        self.labels: dict[str, tuple[Ints, ...]] = {}
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            axes = self.labels[name] = tuple(self.book.fresh(size) for size in tensor.shape)
+            fields = (along(labels, axis, tensor.ndim) for axis, labels in enumerate(axes))
+            self.learn(tensor, Labelled(tuple(tensor.shape), tuple(f for f in fields if f.covered), constant=True))
+        for name, module in network.named_modules():
+            if isinstance(module, ChannelGather):
+                module.register_forward_pre_hook(self._enter_gather)
+                module.register_forward_hook(partial(self._leave_gather, name))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; the wrapper that would hide this mode imports torch._dynamo, 5 s
+
+    def known(self, tensor: Tensor) -> Labelled:
+        """Tensors of unknown origin are constants that the forward made: no image reached them."""
+        return self._known.get(tensor) or Labelled(tuple(tensor.shape), constant=True)
+
+    def learn(self, tensor: Tensor, labelled: Labelled) -> None:
+        self._known[tensor] = labelled
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(self.book, func, args, kwargs or {}, self._where[-1] if self._where else "")
+        call.known = {id(tensor): self.known(tensor) for tensor in call.tensors}
+        call.output = func(*args, **(kwargs or {}))
+        if not self._gathering:
+            for tensor, labelled in follow(call):
+                self.learn(tensor, labelled)
+            self.products += call.products
+            self.roles += call.roles
+            self.path.update(f"{func} {call.module}\n".encode())
+        return call.output
+
+    def _enter_gather(self, module: ChannelGather, args: tuple[Tensor, ...]) -> None:
+        self._gathering = True
+
+    def _leave_gather(self, name: str, module: ChannelGather, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Its two sides can lose channels apart: it is the reader of one group and the writer of another."""
+        self._gathering = False
+        source, target = (self.labels[f"{name}.{side}".lstrip(".")][0] for side in ("source", "target"))
+        merge(
+            self.book,
+            self.known(args[0]),
+            Labelled((1, len(source), 1, 1), (along(source, 1, 4),)),
+            f"{name} reads values that stay",
+        )
+        self.learn(output, Labelled(tuple(output.shape), (along(target, 1, 4),)))
+        self.roles += [Role(source, "in", name), Role(target, "out", name)]
