@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
-from vpdeploy.surgery.rules import Call, Product, Role, follow
+from vpdeploy.surgery.rules.call import Call, Product, Role
+from vpdeploy.surgery.rules.table import follow
 
 
 @dataclass(frozen=True)
