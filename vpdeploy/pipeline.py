@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -126,9 +127,10 @@ def grouped(work: Workbench) -> ChannelGroups:
     stage, path = Stage("groups"), work.run / "groups.json"
     if not work.is_done(stage):
         with work.doing(stage):
-            canvas_size = work.recipe.input.canvas
-            found = find_groups(work.built.backbone, example_input(canvas_size))
-            run_folder.write_value(path, probe(work.built.backbone, found, canvas_size=canvas_size))
+            canvas_size, allow = work.recipe.input.canvas, work.recipe.budget.allow_approximate
+            found = find_groups(work.built.backbone, example_input(canvas_size, batch=1))
+            probed = probe(work.built.backbone, found, canvas_size=canvas_size, allow_approximate=allow)
+            run_folder.write_value(path, probed)
     return run_folder.read_value(path, ChannelGroups)
 
 
@@ -192,11 +194,12 @@ def planned(
         with work.doing(stage):
             selection = select(selector, dict(scores_as_arrays(found)))
             source = with_statistics(dense, found)
-            cut_plan = plan(source, groups.prunable, selection.mask)
+            cut_plan = plan(source, groups.prunable, selection.mask, replacements=work.built.replacements)
             smaller = cut(source, cut_plan)
             _check_budget(smaller, source, recipe=work.recipe)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=CERTIFICATE_IMAGES)
             certificate = certify(source, smaller, groups, selection, canvas=images)
+            certificate = replace(certificate, replacements=work.built.replacements)
             run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
             run_folder.write_value(path, cut_plan)
     return run_folder.read_value(path, PrunePlan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -30,7 +31,7 @@ from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
 from vpdeploy.training.network import build_canvas
-from vpdeploy.values import Measurement, Parities, Parity
+from vpdeploy.values import Certificate, Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
 PARITY_IMAGES = 32
@@ -87,12 +88,20 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
     for form in recipe.export.forms:
         path, deployable = onnx_file(work.run, arm, form), baked(work, arm, form)
         about = describe(recipe, arm=arm, form=form, classes=work.source.classes, version=version("vpdeploy"))
+        if arm.startswith("pruned"):
+            about["certificate"] = _certificate(work, arm)
         to_onnx(deployable, path, opset=recipe.export.opset, metadata=about)
         parity, vectors[path.name] = check_parity(deployable, path, images=images, vector_bytes=share)
         parities.append(parity)
         work.display.say(f"{path.name}: torch and ONNX Runtime agree to {parity.relative_error:.1e}")
     run_folder.write_value(arm_file(work.run, "parity.json", arm), Parities(tuple(parities)))
     return vectors
+
+
+def _certificate(work: Workbench, arm: str) -> str:
+    """What was proved of the arm's cut, as JSON for the file's own metadata."""
+    proved = run_folder.read_value(arm_file(work.run, "certificate.json", arm), Certificate)
+    return json.dumps(json.loads(run_folder.dump(proved)), separators=(",", ":"))
 
 
 def _keep_pictures(work: Workbench) -> None:

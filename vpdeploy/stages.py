@@ -61,6 +61,8 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     else:
         tables = (*_SEARCH, "tune", "export", "bench")
     read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
+    if stage.kind == "groups":
+        read["budget.allow_approximate"] = recipe.budget.allow_approximate
     if stage.arm == "pruned-prompt":
         read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
     if stage.kind in ("export", "bench"):

@@ -179,15 +179,20 @@ class Certificate:
     """What was proved of a cut: groups with status and reason, requested and reached, and the agreements measured.
 
     ``masked_vs_pruned`` is the largest relative difference of the logits on the real network with real images, in
-    float64; ``torch_vs_onnx`` one Parity for each exported form.
+    float64, ``masked_vs_pruned_random`` with random ones. Where approximate groups were cut, ``but_for_norms`` is the
+    larger of both with norms that take no statistics; otherwise None. ``replacements``: modules that were exchanged for
+    equal ones first. ``torch_vs_onnx``: one Parity for each exported form.
     """
 
     masked_vs_pruned: float
     images: int
+    masked_vs_pruned_random: float
+    but_for_norms: float | None
     budget: str
     requested: float
     reached: float
     groups: tuple[GroupRecord, ...]
+    replacements: Mapping[str, str] = field(default_factory=dict)
     torch_vs_onnx: tuple[Parity, ...] = ()
 
 

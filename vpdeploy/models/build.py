@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vpdeploy.errors import ModelError
 from vpdeploy.models import timm_networks, torchvision_networks
 from vpdeploy.models.architecture import Architecture
+from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
 from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
@@ -39,13 +40,15 @@ class Built:
     """A network in eval mode, float32, on the CPU, every parameter trainable.
 
     ``head`` is what the recipe's "auto" came to, ``classifier`` the name of the last layer, ``source_classes`` how many
-    classes it had before a replacement.
+    classes it had before a replacement. ``replacements``: the attention modules in whose places equal ones stand, of which
+    whole heads can be removed: module name -> kind.
     """
 
     backbone: nn.Module
     head: Head
     classifier: str
     source_classes: int
+    replacements: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(
@@ -78,7 +81,8 @@ def build(
     if head == "replace":
         generator = torch.Generator().manual_seed(seed)
         backbone = replace_classifier(backbone, classifier, classes, generator=generator)
-    return Built(backbone, head, classifier, count)
+    backbone, replacements = replace_attention(backbone)
+    return Built(backbone, head, classifier, count, replacements)
 
 
 @contextmanager

@@ -201,6 +201,10 @@ class BudgetTable(Table):
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose"
     )
+    allow_approximate: bool = Field(
+        default=False,
+        description="also cut widths over which a norm takes statistics (LayerNorm, GroupNorm): the certificate then shows how far masking and removal differ",
+    )
 
     @property
     def kind(self) -> str:

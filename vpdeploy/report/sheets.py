@@ -186,6 +186,14 @@ def proofs(certificate: Certificate) -> Sheet:
         agreement = f"{certificate.images} real images, float64"
         yield f"{budget} (what remains)", f"{certificate.reached:.4f}", f"at most {certificate.requested:g} requested"
         yield "masked against pruned, relative", tiny(certificate.masked_vs_pruned), agreement
+        yield "the same, random input", tiny(certificate.masked_vs_pruned_random), "random images, float64"
+        if certificate.but_for_norms is not None:
+            why = "approximate groups were cut; with norms that take no statistics masking and removal agree"
+            yield "but for the norms' statistics", tiny(certificate.but_for_norms), why
+        if certificate.replacements:
+            kinds = ", ".join(sorted({kind.removeprefix("heads:") for kind in certificate.replacements.values()}))
+            count = str(len(certificate.replacements))
+            yield "attention in equal modules, for whole heads", count, kinds
         for parity in certificate.torch_vs_onnx:
             batches = ", ".join(map(str, parity.batches))
             proof = f"{parity.images} images, batches {batches}; logits vary by {significant(parity.logit_spread)}"

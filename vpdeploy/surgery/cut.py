@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
+from vpdeploy.models.attention.replace import apply_replacements
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.plan import tensor_shapes, tensors
 from vpdeploy.values import PrunePlan
@@ -20,6 +21,8 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
 
     Raises: SurgeryError listing where names or shapes differ from those the plan was made for.
     """
+    if plan.replacements and tensor_shapes(backbone).keys() != plan.fits.keys():  # as it came, with its own attention
+        backbone = apply_replacements(backbone, plan.replacements)
     _check_fit(backbone, plan)
     memo: dict[int, Any] = {}  # what the copy takes in place of the tensors that lose something: no whole copy is made
     originals = tensors(backbone)

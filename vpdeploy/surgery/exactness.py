@@ -70,6 +70,11 @@ def probe(
         verdicts |= _approximate(bench, [alive[group.root] for group in normalised], beside=taken)
     else:
         verdicts |= {g.root: replace(g, status="excluded", reason=f"{g.reason}; {APPROXIMATE}") for g in normalised}
+    for group in candidates:  # what its reason said until now: whose code is the likely cause
+        if group.reason and verdicts[group.root].status == "excluded":
+            verdicts[group.root] = replace(
+                verdicts[group.root], reason=f"{verdicts[group.root].reason}; probably as {group.reason}"
+            )
     return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
@@ -227,6 +232,10 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, contr
         reason = "not probed: the logits with random weights are not finite, or change their shape"
         return replace(groups[0], status="excluded", reason=reason)
     if not difference <= EXACT:
+        again = relative_difference(bench.full, _forward(bench.redrawn, bench.x))
+        if again > EXACT:
+            reason = f"not probed: two forwards of the network on the same input differ by {again:.2g}, in eval mode"
+            return replace(groups[0], status="excluded", reason=reason)
         reason = f"masked and removed differ by {difference:.2g} of the largest logit{where}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
     change = relative_difference(bench.full, masked)
@@ -243,28 +252,34 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
 
 
-def _random_half(groups: Sequence[ChannelGroup]) -> ChannelMask:
+def _random_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
+    """A share of each group that is its own, in any places."""
     generator = torch.Generator().manual_seed(0)
     keep: dict[str, tuple[bool, ...]] = {}
-    for group in groups:
+    for number, group in enumerate(groups):
         order = torch.randperm(group.width, generator=generator).tolist()
-        gone = set(order[: group.width // 2])
+        share = (0.5 + number * (5**0.5 - 1) / 2) % 1  # multiples of the golden ratio: neighbours lie far apart
+        gone = set(order[: 1 + int(share * (group.width - 1))])
         keep[group.root] = tuple(channel not in gone for channel in range(group.width))
     return ChannelMask(keep)
 
 
 def _last_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
-    """Keep the last channels, fewer than half, in a number that shares no factor with the width."""
-    kept = {
-        g.root: next(k for k in range(max(1, (g.width - 1) // 2), 0, -1) if math.gcd(k, g.width) == 1) for g in groups
-    }
+    """Keep the last channels, fewer than half, in a number that shares no factor with the width; every second group the most
+    that this can be, the others the least but one.
+    """
+    kept: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        fitting = [k for k in range(1, max(1, (group.width - 1) // 2) + 1) if math.gcd(k, group.width) == 1]
+        kept[group.root] = fitting[-1 if number % 2 == 0 else min(1, len(fitting) - 1)]
     return ChannelMask({g.root: tuple(c >= g.width - kept[g.root] for c in range(g.width)) for g in groups})
 
 
 # A random half of a few channels may be its own mirror image, or take as much from each part of a grouped convolution,
 # and such a group would pass (8 channels and a flip did). No flip or roll leaves the last part as it is, and no grouping
 # can share it out evenly: it fails there whatever the weights, even where the channel that would differ is dead behind a ReLU.
-HALVES: tuple[Half, ...] = (_random_half, _last_part)
+# Groups lose different shares: code that splits an axis in two works as long as both of its groups lose the same number.
+HALVES: tuple[Half, ...] = (_random_part, _last_part)
 
 
 def _bench(backbone: nn.Module, canvas_size: int, *, seed: int) -> _Bench:

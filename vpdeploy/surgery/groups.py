@@ -24,7 +24,7 @@ def find_groups(backbone: nn.Module, example: Tensor) -> ChannelGroups:
     """All channel groups of ``backbone``, in the order of their roots. example: float32 [n, 3, h, w].
 
     Groups that can never be removed are excluded with the reason; the others still have to be probed
-    (``surgery.exactness.probe``). ``backbone`` is unchanged.
+    (``surgery.exactness.probe``); what may refuse them there is their ``reason`` until then. ``backbone`` is unchanged.
 
     Raises: SurgeryError when its forward fails.
     """
@@ -114,7 +114,9 @@ def _as_group(parts: list[slice], table: _Table, seen: Trace, twin: nn.Module) -
     if reason is not None:
         return replace(group, status="excluded", reason=reason)
     normalised = seen.components.normalised.get(component)
-    return group if normalised is None else replace(group, status="approximate", reason=normalised)
+    if normalised is None:
+        return replace(group, reason=seen.components.suspect.get(component, ""))
+    return replace(group, status="approximate", reason=normalised)
 
 
 def _root_row(rows: Ints, sides: Ints, sizes: Sequence[int], *, width: int) -> int:

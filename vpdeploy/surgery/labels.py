@@ -60,6 +60,9 @@ class Components:
     suspect: dict[int, str]
 
 
+MOST_SUSPECTS = 3  # more than these are no help to a reader
+
+
 class LabelBook:
     """Hands out labels and notes what is said about them."""
 
@@ -97,7 +100,9 @@ class LabelBook:
             reasons = first.setdefault(kind, {})
             for labels, why in said:
                 for component in np.unique(of[labels]).tolist():
-                    reasons.setdefault(component, why)
+                    before = reasons.setdefault(component, why)
+                    if kind == "suspect" and why not in before and before.count(", or ") < MOST_SUSPECTS - 1:
+                        reasons[component] = f"{before}, or {why}"
         return Components(of, first["rigid"], first["normalised"], first["suspect"])
 
 
@@ -216,7 +221,7 @@ def reshaped(book: LabelBook, tensor: Labelled, shape: Sequence[int], why: str) 
     for old, _ in parts:
         mixed = [f for f in tensor.fields if any(axis in old for axis in f.covered)]
         if len(mixed) > 1 and len(old) > 1:  # a position of the merged axis would hang on two channels
-            tensor = stay(book, tensor, old, why)
+            tensor = stay(book, tensor, old, f"{why}, where axes of different channels become one")
     fields = [field for f in tensor.fields if (field := _reshaped(book, f, tensor.shape, shape, parts, why)).covered]
     return Labelled(tuple(shape), tuple(fields), tensor.constant)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -11,8 +12,14 @@ from vpdeploy.surgery.layers import Loss, attributes_after
 from vpdeploy.values import ChannelGroup, ChannelMask, PrunePlan, Side
 
 
-def plan(backbone: nn.Module, groups: Sequence[ChannelGroup], mask: ChannelMask) -> PrunePlan:
-    """The cuts that leave what ``mask`` keeps; ``backbone`` is unchanged.
+def plan(
+    backbone: nn.Module,
+    groups: Sequence[ChannelGroup],
+    mask: ChannelMask,
+    *,
+    replacements: Mapping[str, str] = MappingProxyType({}),
+) -> PrunePlan:
+    """The cuts that leave what ``mask`` keeps; ``backbone`` is unchanged. ``replacements``: what was exchanged in it before.
 
     Raises: SurgeryError when an axis would be left empty, or a layer cannot lose what it has to.
     """
@@ -33,7 +40,9 @@ def plan(backbone: nn.Module, groups: Sequence[ChannelGroup], mask: ChannelMask)
                 f"{tensor}: all {len(gone)} positions of axis {axis} would go; keep at least one channel"
             )
         kept.setdefault(tensor, {})[axis] = stays
-    return PrunePlan(fits=shapes, kept=kept, attributes=_attributes(backbone, lost), widths=widths)
+    return PrunePlan(
+        fits=shapes, kept=kept, attributes=_attributes(backbone, lost), widths=widths, replacements=dict(replacements)
+    )
 
 
 def _attributes(
