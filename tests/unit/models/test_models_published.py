@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -47,6 +48,11 @@ def test_the_default_weights_size_is_another_than_the_plain_networks():
     assert of("torchvision:vit_h_14", weights="a.pth") == PublishedInput(224)
 
 
+def test_the_usual_size_where_no_entry_fits(monkeypatch):
+    monkeypatch.setattr("vpdeploy.models.torchvision_networks.published_inputs", lambda *_: [PublishedInput(512)])
+    assert of("torchvision:vit_b_16") == PublishedInput(224)
+
+
 def test_mean_and_std_are_the_entrys():
     assert of("torchvision:efficientnet_v2_l") == PublishedInput(480, HALF, HALF)
     assert of("timm:vit_tiny_patch16_224") == PublishedInput(224, HALF, HALF)
@@ -69,8 +75,17 @@ def test_unknown_names(name, weights, begins):
     assert str(e.value).startswith(begins)
 
 
-def test_nothing_is_drawn_from_global_streams():
-    before = torch.get_rng_state()
-    of("torchvision:resnet18")
-    of("torchvision:regnet_y_400mf")  # cannot be built without real numbers
-    assert torch.equal(torch.get_rng_state(), before)
+def test_nothing_is_drawn_from_global_streams(monkeypatch):
+    def drawing(name: str, **_: Any) -> torch.nn.Module:
+        torch.rand(1, device="cpu")
+        random.random()
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("torchvision.models.get_model", drawing)
+    before = torch.get_rng_state(), random.getstate()
+    assert of("torchvision:resnet18") == PublishedInput(224)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_a_network_that_cannot_be_built_without_real_numbers():
+    assert of("torchvision:regnet_y_400mf") == PublishedInput(224)
