@@ -49,7 +49,7 @@ def plain_step(backbone: nn.Module, recipe: Recipe, compute: Compute) -> Step:
 
 def searching_step(backbone: nn.Module, recipe: Recipe, compute: Compute) -> Step:
     """One step of Adam on scores and prompt, the weights frozen."""
-    groups = probe(backbone, find_groups(backbone, example_input(SIDE)), canvas_size=SIDE).prunable
+    groups = probe(backbone, find_groups(backbone, example_input(SIDE)), example=example_input(SIDE)).prunable
     selector = build_selector(
         groups,
         build_cost_model(backbone, groups, example=example_input(SIDE, batch=1)),

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpdeploy.models.cifar_resnet import BasicBlock
-from vpdeploy.surgery.cost import CostModel
+from vpdeploy.surgery.cost import CostModel, Sum
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
+from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask, Member
 
 SIDE = 8
 CLASSES = 5
@@ -153,6 +153,70 @@ class Mixed(nn.Module):
         return self.linear(self.act(self.hidden(y.mean((2, 3)))))
 
 
+class Grouped(nn.Module):
+    """Grouped convolutions: few groups, which lose the same positions each, and many, which go as a whole."""
+
+    def __init__(self, widths: Widths, activation: Activation):
+        super().__init__()
+        a, b, c, d = widths
+        self.stem, self.act = conv_norm(3, 2 * a), activation()
+        self.few, self.up = conv_norm(2 * a, 2 * b, groups=2), nn.ConvTranspose2d(2 * b, 4, 2, stride=2, groups=2)
+        self.middle, self.many = conv_norm(4, 2 * c, kernel=1), conv_norm(2 * c, 2 * c, groups=c, stride=2)
+        self.last, self.multiplied = conv_norm(2 * c, d), nn.Conv2d(d, 2 * d, 3, groups=d)
+        self.head = Head(2 * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.up(self.act(self.few(self.act(self.stem(x))))))
+        x = self.act(self.many(self.act(self.middle(x))))
+        return self.head(self.act(self.multiplied(self.act(self.last(x)))))
+
+
+def shuffled(x: Tensor, parts: int = 2) -> Tensor:
+    """The channels of each part in turn (arXiv:1707.01083). x: [n, c, h, w]."""
+    return x.unflatten(1, (parts, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class Shuffled(nn.Module):
+    """A ShuffleNet unit: half of the channels pass, half go through a branch, and both are shuffled."""
+
+    def __init__(self, widths: Widths, activation: Activation):
+        super().__init__()
+        a, b, c, d = widths
+        self.stem, self.act = conv_norm(3, 2 * a), activation()
+        self.expand, self.depthwise = conv_norm(a, b, kernel=1), conv_norm(b, b, groups=b)
+        self.project, self.middle, self.last = conv_norm(b, a, kernel=1), conv_norm(2 * a, c), conv_norm(c, d)
+        self.head = Head(d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, branch = self.act(self.stem(x)).chunk(2, dim=1)
+        branch = self.act(self.project(self.depthwise(self.act(self.expand(branch)))))
+        return self.head(self.act(self.last(self.act(self.middle(shuffled(torch.cat([passed, branch], dim=1)))))))
+
+
+class Heads(nn.Module):
+    """A transformer block without norms, and a class token: heads of two channels, the inner width, the stream."""
+
+    def __init__(self, widths: Widths, activation: Activation):
+        super().__init__()
+        stream, heads, inner, last = widths
+        self.patches, self.act = nn.Conv2d(3, stream, 2, stride=2), activation()
+        self.token = nn.Parameter(torch.zeros(1, 1, stream))
+        self.position = nn.Parameter(torch.zeros(1, SIDE**2 // 4 + 1, stream))
+        self.q, self.k, self.v = (nn.Linear(stream, 2 * heads) for _ in "qkv")
+        self.proj, self.first, self.second = (
+            nn.Linear(2 * heads, stream), nn.Linear(stream, inner), nn.Linear(inner, stream)
+        )  # fmt: skip
+        self.hidden, self.linear = nn.Linear(stream, last), nn.Linear(last, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)  # [n, positions, stream]
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        q, k, v = (project(x).unflatten(-1, (-1, 2)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.second(self.act(self.first(x)))
+        return self.linear(self.act(self.hidden(x[:, 0])))
+
+
 FAMILIES: dict[str, Callable[[Widths, Activation], nn.Module]] = {
     "residual": Residual,
     "dense-block": DenseBlock,
@@ -161,6 +225,9 @@ FAMILIES: dict[str, Callable[[Widths, Activation], nn.Module]] = {
     "flattened": flattened,
     "cifar": cifar,
     "mixed": mixed,
+    "grouped": Grouped,
+    "shuffled": Shuffled,
+    "heads": Heads,
 }
 
 
@@ -189,7 +256,7 @@ def networks(draw: st.DrawFn, family: str) -> nn.Module:
 
 
 def probed(network: nn.Module) -> ChannelGroups:
-    return probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE)
+    return probe(network, find_groups(network, example_input(SIDE)), example=example_input(SIDE))
 
 
 @st.composite
@@ -217,6 +284,15 @@ def costs(draw: st.DrawFn, *, max_width: int = 40) -> tuple[tuple[ChannelGroup, 
     constant[:, 0] += 1  # and a network is never free
     rest, positions = rng.integers(1, 10, tensors), rng.integers(0, 17, tensors)
     positions[0] += 1
-    groups = tuple(ChannelGroup(f"layer{i}", width, ()) for i, width in enumerate(widths))
-    numbers = [array.astype(float) for array in (share, constant, rest, positions, np.array(widths))]
-    return groups, CostModel(*numbers)
+    numbers = [array.astype(float) for array in (share, constant, rest)]
+    products = Sum(*numbers[:2], numbers[2] * positions)
+    groups = tuple(
+        group_of(f"layer{i}", width, unit=int(rng.choice([1, 1, 1, 2, 3, 8]))) for i, width in enumerate(widths)
+    )
+    return groups, CostModel(products, Sum(*numbers), np.array(widths, float))
+
+
+def group_of(root: str, width: int, *, unit: int = 1) -> ChannelGroup:
+    """A group that one layer writes, ``unit`` outputs for each channel."""
+    channels = tuple(channel for channel in range(width) for _ in range(unit))
+    return ChannelGroup(root, width, (Member(f"{root}.weight", 0, "out", tuple(range(width * unit)), channels),))

@@ -78,7 +78,7 @@ def network(*, classes: int = CLASSES, dropout: float = 0.0, seed: int = 0) -> n
 
 
 def groups_of(backbone: nn.Module) -> ChannelGroups:
-    return probe(backbone, find_groups(backbone, example_input(CANVAS)), canvas_size=CANVAS)
+    return probe(backbone, find_groups(backbone, example_input(CANVAS)), example=example_input(CANVAS))
 
 
 def task(

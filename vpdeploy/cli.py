@@ -184,15 +184,33 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 @app.command(rich_help_panel="Before")
 def inspect(
-    recipe: RecipeArgument,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RECIPE",
+            help="torchvision:NAME, timm:NAME, file.py:factory, package.module:factory, a built-in network, or a recipe.toml",
+        ),
+    ],
     set_: SetOption = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="side of the model's input, pixels; otherwise its own")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show what can be removed, what is excluded and why, and how small the network can get. Nothing is trained."""
-    loaded = _load(recipe, set_)
-    from vpdeploy.inspection import inspect_recipe
+    if what.endswith(".toml"):
+        if size is not None:
+            raise typer.BadParameter("--size goes with a model; a recipe has input.canvas_size (--set)")
+        loaded = _load(Path(what), set_)
+        from vpdeploy.inspection import inspect_recipe
 
-    found = inspect_recipe(loaded)
+        found = inspect_recipe(loaded)
+    else:
+        if set_:
+            raise typer.BadParameter("--set goes with a recipe; a model has --size")
+        from vpdeploy.inspection import inspect_model
+
+        found = inspect_model(what, size=size)
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
     else:
@@ -200,17 +218,22 @@ def inspect(
 
 
 def _print_inspection(found) -> None:
-    table = Table("group", "width", "share of MACs", "narrowest", "status", "reason", title=found.model)
+    table = Table("stage", "group", "width", "share of MACs", "narrowest", "status", "reason", title=found.model)
+    stage = None
     for row in found.groups:
+        first = row.root.partition(".")[0]
         status = {"exact": "[green]exact[/]", "approximate": "[yellow]approximate[/]"}.get(
             row.status, f"[red]{row.status}[/]"
         )
-        share = "-" if row.macs_share is None else f"{row.macs_share:.1%}"
-        table.add_row(row.root, str(row.width), share, str(row.narrowest), status, _plain(row.reason))
+        share = f"{row.macs_share:.1%}"
+        shown = "" if first == stage else first
+        table.add_row(shown, _plain(row.root), str(row.width), share, str(row.narrowest), status, _plain(row.reason))
+        stage = first
     out.print(table)
+    memory = "" if found.peak_rss_mib is None else f", {found.peak_rss_mib:.0f} MiB at most"
     out.print(
         f"{found.macs:,} MACs, {found.params:,} parameters; exact groups can reach macs_ratio {found.min_macs_ratio_exact:.3f}, "
-        f"params_ratio {found.min_params_ratio_exact:.3f}; {found.seconds:.1f} s",
+        f"params_ratio {found.min_params_ratio_exact:.3f}; input {found.size} x {found.size}; {found.seconds:.1f} s{memory}",
         soft_wrap=True,
         highlight=False,
     )

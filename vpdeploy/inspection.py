@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from vpdeploy.data.sources import open_source
-from vpdeploy.measure.macs import count_macs
+from vpdeploy.measure.memory import peak_rss_mib
+from vpdeploy.models.attention.replace import replace_attention, unreplaced
 from vpdeploy.models.build import build, check_forward
-from vpdeploy.recipe.tables import Recipe
+from vpdeploy.models.named import model_from
+from vpdeploy.recipe.tables import BudgetTable, Recipe
 from vpdeploy.scoring.select import allowed_widths
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.exactness import probe
@@ -21,7 +25,9 @@ from vpdeploy.values import ChannelGroup, ChannelGroups
 
 @dataclass(frozen=True)
 class InspectedGroup:
-    """One group. ``macs_share``: the share of all MACs that write or read its channels; ``narrowest``: its smallest width."""
+    """One group. ``macs_share``: the share of all MACs that write or read its channels; ``narrowest``: its smallest width;
+    ``difference``: of masked and removed, relative, as probed.
+    """
 
     root: str
     members: tuple[str, ...]
@@ -30,19 +36,27 @@ class InspectedGroup:
     macs_share: float
     status: str
     reason: str
+    difference: float | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ratios are what remains, at most 1, at the narrowest widths that the recipe's budget table allows."""
+    """Ratios are what remains, at most 1, at the narrowest widths that the budget table allows.
+
+    ``attention``: modules exchanged for equal ones whose heads can be removed, and those that could not be, with the reason.
+    ``peak_rss_mib``: of the whole process; None where the system does not tell.
+    """
 
     model: str
+    size: int
     macs: int
     params: int
     groups: tuple[InspectedGroup, ...]
+    attention: Mapping[str, str]
     min_macs_ratio_exact: float
     min_params_ratio_exact: float
     seconds: float
+    peak_rss_mib: float | None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,33 +67,53 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
 
     Raises: DataError, ModelError, SurgeryError for what cannot be analysed.
     """
-    began = time.perf_counter()
     source = open_source(recipe.data, seed=recipe.seed)
     built = build(recipe.model, classes=len(source.classes), seed=recipe.seed)
-    canvas = recipe.input.canvas
     outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
-    check_forward(built.backbone, canvas_size=canvas, classes=outputs)
-    groups = probe(built.backbone, find_groups(built.backbone, example_input(canvas)), canvas_size=canvas)
-    cost = build_cost_model(built.backbone, groups.groups, example=example_input(canvas, batch=1))
-    narrowest = np.array([_narrowest(group, recipe) for group in groups.groups], float)
-    counted = count_macs(built.backbone, canvas_size=canvas)
+    size = recipe.input.canvas
+    return _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
+
+
+def inspect_model(name: str, *, size: int | None = None) -> Inspection:
+    """Group and probe the network ``name`` with random weights, as ``model.name`` of a recipe takes it.
+
+    ``size``: side of its input, pixels; None: what the network was published for.
+
+    Raises: ModelError, SurgeryError for what cannot be analysed.
+    """
+    named = model_from(name)
+    side = size or named.input.image_size
+    return _inspected(name, named.backbone, size=side, classes=named.classes, budget=BudgetTable(macs_ratio=0.5))
+
+
+def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budget: BudgetTable) -> Inspection:
+    began = time.perf_counter()
+    check_forward(backbone, canvas_size=size, classes=classes)
+    backbone, replaced = replace_attention(backbone)
+    example = example_input(size, batch=1)
+    found = find_groups(backbone, example)
+    groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate)
+    cost = build_cost_model(backbone, groups.groups, example=example)
+    narrowest = np.array([_narrowest(group, budget) for group in groups.groups], float)
     dense = cost.dense_widths
     return Inspection(
-        model=recipe.model.name,
-        macs=counted.macs,
-        params=sum(p.numel() for p in built.backbone.parameters()),
+        model=name,
+        size=size,
+        macs=round(cost.macs(dense)),
+        params=sum(p.numel() for p in backbone.parameters()),
         groups=tuple(_rows(groups, cost, narrowest)),
+        attention={**replaced, **unreplaced(backbone)},
         min_macs_ratio_exact=cost.macs(narrowest) / cost.macs(dense),
         min_params_ratio_exact=cost.params(narrowest) / cost.params(dense),
         seconds=time.perf_counter() - began,
+        peak_rss_mib=peak_rss_mib(),
     )
 
 
-def _narrowest(group: ChannelGroup, recipe: Recipe) -> int:
+def _narrowest(group: ChannelGroup, budget: BudgetTable) -> int:
     if group.status == "excluded":
         return group.width
-    table = recipe.budget
-    return allowed_widths(group.width, unit=group.unit, round_to=table.round_to, max_removal=table.max_removal)[0]
+    return allowed_widths(group.width, unit=group.unit, round_to=budget.round_to, max_removal=budget.max_removal)[0]
 
 
 def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list[InspectedGroup]:
@@ -91,12 +125,13 @@ def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list
         rows.append(
             InspectedGroup(
                 root=group.root,
-                members=tuple(member.module for member in group.members),
+                members=tuple(dict.fromkeys(member.module or member.tensor for member in group.members)),
                 width=group.width,
                 narrowest=int(narrowest[column]),
-                macs_share=1 - cost.macs(without) / total,
+                macs_share=1 - cost.macs(without) / total if total else 0.0,
                 status=group.status,
                 reason=group.reason,
+                difference=group.difference,
             )
         )
     return rows

@@ -129,7 +129,7 @@ def grouped(work: Workbench) -> ChannelGroups:
         with work.doing(stage):
             canvas_size, allow = work.recipe.input.canvas, work.recipe.budget.allow_approximate
             found = find_groups(work.built.backbone, example_input(canvas_size, batch=1))
-            probed = probe(work.built.backbone, found, canvas_size=canvas_size, allow_approximate=allow)
+            probed = probe(work.built.backbone, found, example=example_input(canvas_size), allow_approximate=allow)
             run_folder.write_value(path, probed)
     return run_folder.read_value(path, ChannelGroups)
 

@@ -119,7 +119,7 @@ def test_surgery_leaves_the_network_as_it_was():
     example = example_input(tiny.CANVAS)
     found = find_groups(network, example)
     assert tiny.snapshot(network) == before
-    groups = probe(network, found, canvas_size=tiny.CANVAS).prunable
+    groups = probe(network, found, example=example_input(tiny.CANVAS)).prunable
     assert tiny.snapshot(network) == before
     mask = ChannelMask({group.root: tuple(i % 2 == 0 for i in range(group.width)) for group in groups})
     made = plan(network, groups, mask)

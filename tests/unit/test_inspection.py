@@ -41,7 +41,7 @@ def test_every_group_is_shown_with_its_members_and_its_share(found):
 def test_the_reachable_ratio_is_the_least_budget_that_selection_takes(found):
     recipe = load_recipe(QUICKSTART)
     network, canvas = build(recipe.model, classes=10, seed=recipe.seed).backbone, recipe.input.canvas
-    groups = probe(network, find_groups(network, example_input(canvas)), canvas_size=canvas).prunable
+    groups = probe(network, find_groups(network, example_input(canvas)), example=example_input(canvas)).prunable
     cost = build_cost_model(network, groups, example=example_input(canvas, batch=1))
     for budget, least in (("macs_ratio", found.min_macs_ratio_exact), ("params_ratio", found.min_params_ratio_exact)):
         build_selector(groups, cost, budget=budget, ratio=least, round_to=8, max_removal=0.9)

@@ -15,6 +15,12 @@ STATUS = Path("/proc/self/status")
 CHILD = Path(__file__).with_name("memory_child.py")
 
 
+def peak_rss_mib() -> float | None:
+    """Of this process so far (VmHWM), MiB; None where /proc is missing."""
+    lines = STATUS.read_text(errors="replace").splitlines() if STATUS.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
 def measure_memory(path: Path, *, form: str, image_shape: Sequence[int], batch: int, threads: int) -> Memory | None:
     """Peak resident set of a fresh process that opens the file and runs it five times; None where /proc is missing.
 

@@ -184,7 +184,9 @@ def _head(asked: Head | Literal["auto"], *, count: int, classes: int, classifier
 
 
 def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> None:
-    """Run a copy of ``backbone`` once on [2, 3, C, C]; it must give float logits [2, classes], in training too.
+    """Try a copy of ``backbone`` on [2, 3, C, C]; it must give float logits [2, classes], in training too.
+
+    Without memory or arithmetic where meta tensors do: large networks take seconds otherwise.
 
     Raises: ModelError that says what came instead.
     """
@@ -200,7 +202,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
         ) from e
     try:
         with torch.no_grad(), seeded(0):
-            logits = model(image)
+            logits = _on_meta_or_here(model, image)
     except Exception as e:
         raise ModelError(
             f"model.name: {name} does not take 3x{side}x{side} input: {type(e).__name__}: {e}; "
@@ -212,6 +214,14 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
         logits = model.to("meta").train()(image.to("meta"))
     if (problem := not_logits(logits, classes=classes)) is not None:
         raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
+
+
+def _on_meta_or_here(model: nn.Module, image: Tensor) -> object:
+    """What ``model`` gives, in shape and type."""
+    try:
+        return copy.deepcopy(model).to("meta")(image.to("meta"))
+    except Exception:  # wrong, or in need of real numbers: these tell
+        return model(image)
 
 
 def _takes_images(backbone: nn.Module) -> None:

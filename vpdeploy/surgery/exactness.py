@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
-from vpdeploy.surgery.groups import example_input, offsets
+from vpdeploy.surgery.groups import offsets
+from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.trace import in_module, modules_followed, on_cpu, told, trace, twin_of
@@ -36,17 +37,24 @@ class _Bench:
     x: Tensor
     full: Tensor
     large: Tensor | None = None
+    limit: Limit = field(default_factory=Limit)
 
 
 def probe(
-    backbone: nn.Module, groups: ChannelGroups, *, canvas_size: int, allow_approximate: bool = False
+    backbone: nn.Module,
+    groups: ChannelGroups,
+    *,
+    example: Tensor,
+    allow_approximate: bool = False,
+    limit: Limit | None = None,
 ) -> ChannelGroups:
-    """Decide for every group whether removal equals masking. ``backbone`` is unchanged.
+    """Decide for every group whether removal equals masking. example: [n, c, h, w], of which the shape counts; ``backbone``
+    is unchanged.
 
     On a float64 copy in eval mode with every parameter and statistic redrawn (a last BatchNorm scale of 0 would pass
     anything), at the smallest input that the network takes: half of every group is gated, the same half removed; the
     logits must agree to EXACT, and gating must change them by CONTROL. All groups in one pair of forwards for each of
-    HALVES, for the last of them also at ``canvas_size`` where the network takes another path there; bisected on
+    HALVES, for the last of them also at the example's size where the network takes another path there; bisected on
     disagreement. A group that alone disagrees is excluded with the difference; ``difference`` of the others is that of all
     together.
 
@@ -56,14 +64,15 @@ def probe(
     Groups over which a norm takes statistics are approximate. With ``allow_approximate`` they are taken if removal is exact
     but for the statistics, with the ``difference`` that these make; otherwise they are excluded.
 
-    Raises: SurgeryError when no input up to ``canvas_size`` runs.
+    Raises: SurgeryError when no input up to the example's size runs; LimitError past ``limit``.
     """
     candidates = [group for group in groups.groups if group.status == "exact"]
     normalised = [group for group in groups.groups if group.status == "approximate"]
-    bench, judged = _liveliest(backbone, [*candidates, *normalised], canvas_size=canvas_size)
+    shape = tuple(example.shape[1:])
+    bench, judged = _liveliest(backbone, [*candidates, *normalised], shape=shape, limit=limit or Limit())
     alive = {group.root: group for group in judged}
     if _path(backbone, bench.x) != groups.path:  # one image: forwards in float64 are slow at this size
-        bench = replace(bench, large=example_input(canvas_size, batch=1, dtype=torch.float64))
+        bench = replace(bench, large=_noise(1, shape))
     verdicts = _agreed(bench, [alive[group.root] for group in candidates])
     if allow_approximate:
         taken = [group for group in verdicts.values() if group.status == "exact"]
@@ -73,7 +82,7 @@ def probe(
     for group in candidates:  # what its reason said until now: whose code is the likely cause
         if group.reason and verdicts[group.root].status == "excluded":
             verdicts[group.root] = replace(
-                verdicts[group.root], reason=f"{verdicts[group.root].reason}; probably as {group.reason}"
+                verdicts[group.root], reason=f"{verdicts[group.root].reason}; likely cause: {group.reason}"
             )
     return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
 
@@ -106,7 +115,7 @@ def _approximate(
     """Groups whose removal is exact once norms take no statistics, each alone and all with ``beside``."""
     verdicts = {group.root: group for group in candidates}
     with norms_without_statistics():
-        calm = _Bench(bench.redrawn, bench.x, _forward(bench.redrawn, bench.x))
+        calm = replace(bench, full=_forward(bench.redrawn, bench.x), large=None)
         exact = [
             g
             for g in _agreed(calm, [replace(g, status="exact") for g in candidates if g.status != "excluded"]).values()
@@ -139,7 +148,7 @@ def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup])
 
 
 def _liveliest(
-    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, canvas_size: int
+    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, shape: tuple[int, ...], limit: Limit
 ) -> tuple[_Bench, list[ChannelGroup]]:
     """The draw of weights under which the fewest ``candidates`` are dead, and these, the dead ones excluded.
 
@@ -148,7 +157,7 @@ def _liveliest(
     best: tuple[_Bench, list[ChannelGroup]] | None = None
     fewest = len(candidates) + 1
     for seed in range(DRAWS):
-        bench = _bench(backbone, canvas_size, seed=seed)
+        bench = _bench(backbone, shape, seed=seed, limit=limit)
         judged = _exclude_dead(bench, candidates)
         dead = sum(group.status == "excluded" for group in judged)
         if dead < fewest:
@@ -218,12 +227,14 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, contr
     try:
         gated = Gated(twin_of(bench.redrawn), groups)
         small = cut(bench.redrawn, plan(bench.redrawn, groups, mask))
-        with torch.no_grad(), modules_followed(small) as inside:
+        with torch.no_grad(), modules_followed(small, bench.limit) as inside:
             masked = gated(bench.x, row)
             difference, where = relative_difference(masked, small(bench.x)), ""
             if difference <= EXACT and bench.large is not None:
                 difference = max(difference, relative_difference(gated(bench.large, row), small(bench.large)))
                 where = f" at {bench.large.shape[-1]} pixels"
+    except LimitError:
+        raise
     except Exception as e:  # torch-pruning, or a forward that does not take the new widths
         return replace(
             groups[0], status="excluded", reason=f"removing its channels fails{in_module(inside)}: {told(e)}"
@@ -282,21 +293,30 @@ def _last_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
 HALVES: tuple[Half, ...] = (_random_part, _last_part)
 
 
-def _bench(backbone: nn.Module, canvas_size: int, *, seed: int) -> _Bench:
+def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Limit) -> _Bench:
+    """At the smallest square that runs, or at ``shape`` [c, h, w]."""
     redrawn = redraw(twin_of(backbone, lambda tensor: on_cpu(torch.float64)(tensor.clone())), seed=seed)
+    channels, *sides = shape
     failure: Exception | None = None
-    for side in [*(s for s in SIDES if s < canvas_size), canvas_size]:
-        x = example_input(side, batch=2 if side < LARGE else 1, dtype=torch.float64)
+    for size in [*((s, s) for s in SIDES if s < min(sides)), sides]:
+        x = _noise(2 if max(size) < LARGE else 1, (channels, *size))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), modules_followed(redrawn, limit):
                 full = redrawn(x)
+        except LimitError:
+            raise
         except Exception as e:  # too small for this network: try the next size
             failure = e
             continue
-        return _Bench(redrawn.requires_grad_(False), x, full)
+        return _Bench(redrawn.requires_grad_(False), x, full, limit=limit)
     raise SurgeryError(
-        f"network {type(backbone).__name__}: its forward fails in float64 at every size up to {canvas_size}: {failure}"
+        f"network {type(backbone).__name__}: its forward fails in float64 at every size up to "
+        f"{' x '.join(map(str, sides))}: {failure}"
     ) from failure
+
+
+def _noise(batch: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -14,22 +14,23 @@ from torch.nn.utils import parametrize
 
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.labels import Ints
+from vpdeploy.surgery.limit import Limit
 from vpdeploy.surgery.trace import Trace, on_cpu, trace, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups, Member, Side
 
 READERS = (_ConvNd, nn.Linear, ChannelGather)
 
 
-def find_groups(backbone: nn.Module, example: Tensor) -> ChannelGroups:
+def find_groups(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> ChannelGroups:
     """All channel groups of ``backbone``, in the order of their roots. example: float32 [n, 3, h, w].
 
     Groups that can never be removed are excluded with the reason; the others still have to be probed
     (``surgery.exactness.probe``); what may refuse them there is their ``reason`` until then. ``backbone`` is unchanged.
 
-    Raises: SurgeryError when its forward fails.
+    Raises: SurgeryError when its forward fails; LimitError past ``limit``.
     """
     twin = twin_of(backbone, on_cpu(torch.float32))
-    return groups_of(trace(twin, example), twin)
+    return groups_of(trace(twin, example, limit=limit), twin)
 
 
 def groups_of(seen: Trace, twin: nn.Module) -> ChannelGroups:
@@ -144,7 +145,7 @@ def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]]
     if not readers:
         return "no layer reads it: its channels are the network's outputs, or lead nowhere"
     if group.width < 2:
-        return "it is one channel wide"
+        return "it is one channel wide" if group.unit == 1 else f"all its {group.unit} channels go together"
     modules = dict(twin.named_modules())
     for member in readers:
         module = modules.get(member.module)
@@ -154,6 +155,10 @@ def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]]
         others = readers_of[member.tensor, member.axis] - {member.module}
         if others:
             return f"{min(others) or 'the network'} reads {member.tensor} itself, where no gate can stand"
+    for member in group.members:
+        both = readers_of.get((member.tensor, member.axis), set()) if member.side == "out" else set()
+        if both:
+            return f"{min(both) or 'the network'} reads {member.tensor} along an axis that another product writes"
     return None
 
 

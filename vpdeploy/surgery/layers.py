@@ -71,8 +71,11 @@ def _remove(layer: nn.Module, loss: Loss) -> None:
         _remove_grouped(layer, loss)
     else:
         pruner = PrunerBox.get(module2type(layer))
+        by_itself = isinstance(layer, nn.GroupNorm) and layer.num_groups == layer.num_channels
         if pruner is not None:
             (pruner.prune_in_channels if loss.side == "in" else pruner.prune_out_channels)(layer, list(loss.positions))
+        if isinstance(layer, nn.GroupNorm) and by_itself:
+            layer.num_groups = layer.num_channels
 
 
 def _remove_grouped(layer: _ConvNd, loss: Loss) -> None:

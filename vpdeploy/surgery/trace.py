@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
+from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.rules.call import Call, Product, Role
 from vpdeploy.surgery.rules.table import follow
 
@@ -39,18 +40,20 @@ class Trace:
     path: str
 
 
-def trace(backbone: nn.Module, example: Tensor) -> Trace:
+def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
     """Watch one forward of ``backbone`` on ``example`` [n, 3, h, w], in eval mode; ``backbone`` is unchanged.
 
     Raises: SurgeryError when the forward fails, with the module that it fails in.
     """
     twin = twin_of(backbone)
-    with modules_followed(twin) as where:
+    with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
             with torch.no_grad(), plain_attention(), watch:
                 watch.learn(example, Labelled(tuple(example.shape)))
                 outputs = twin(example)
+        except LimitError:
+            raise
         except Exception as e:
             raise SurgeryError(
                 f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}"
@@ -95,16 +98,24 @@ def plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def modules_followed(network: nn.Module) -> Iterator[list[str]]:
-    """The names of the modules being called, the innermost last; after a failure, those that it happened in."""
+def modules_followed(network: nn.Module, limit: Limit | None = None) -> Iterator[list[str]]:
+    """The names of the modules being called, the innermost last; after a failure, those that it happened in.
+
+    Raises: LimitError when a module is called past ``limit``.
+    """
     where: list[str] = []
+
+    def enter(name: str) -> None:
+        where.append(name)
+        if limit is not None:
+            limit.check(name)
 
     def leave(*_: Any) -> None:
         where.pop()
 
     handles = []
     for name, module in network.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: where.append(name)))
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
         handles.append(module.register_forward_hook(leave))
     try:
         yield where

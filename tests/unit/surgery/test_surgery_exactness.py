@@ -22,7 +22,7 @@ from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask, Selection
 
 def probed(network: nn.Module, *, canvas_size: int = SIDE) -> dict[str, ChannelGroup]:
     found = find_groups(network, example_input(canvas_size))
-    return {group.root: group for group in probe(network, found, canvas_size=canvas_size).groups}
+    return {group.root: group for group in probe(network, found, example=example_input(canvas_size)).groups}
 
 
 @pytest.mark.parametrize("width", range(2, 40))
@@ -82,7 +82,7 @@ def test_the_smallest_input_that_the_network_takes_is_used_and_the_canvas_once_a
     network = Sized()
     found = find_groups(network, example_input(64))
     shapes.clear()
-    assert probe(network, found, canvas_size=64).groups[0].status == "exact"
+    assert probe(network, found, example=example_input(64)).groups[0].status == "exact"
     assert {side for _, side in shapes} == {8, 16, 64}
     assert [shape for shape in shapes if shape[1] == 64] == [(1, 64)] * 2  # masked and removed
 
@@ -114,9 +114,9 @@ def test_a_draw_that_is_dead_is_drawn_again(monkeypatch):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), Head(4))
     monkeypatch.setattr(exactness, "redraw", first_draw_dead)
     found = find_groups(network, example_input(8))
-    assert [group.status for group in probe(network, found, canvas_size=8).groups[:2]] == ["exact", "exact"]
+    assert [group.status for group in probe(network, found, example=example_input(8)).groups[:2]] == ["exact", "exact"]
     monkeypatch.setattr(exactness, "DRAWS", 1)
-    (reason,) = {group.reason for group in probe(network, found, canvas_size=8).groups[:1]}
+    (reason,) = {group.reason for group in probe(network, found, example=example_input(8)).groups[:1]}
     assert reason == "not probed: masking it alone changes the logits by only 0"
 
 
@@ -219,7 +219,7 @@ def test_groups_of_little_effect_are_kept_beside_a_broken_one_and_without_a_grad
 
 def pruned() -> tuple[nn.Module, nn.Module, ChannelGroups, Selection]:
     network = randomised(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.ReLU(), Head(3)), seed=0)
-    groups = probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE)
+    groups = probe(network, find_groups(network, example_input(SIDE)), example=example_input(SIDE))
     mask = ChannelMask({"0": (True, False, False, True)})  # the other group is not named: it is whole
     small = cut(network, plan(network, groups.prunable, mask))
     return network, small, groups, Selection(mask, "channel_ratio", 0.8, 5 / 7)

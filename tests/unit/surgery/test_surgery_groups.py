@@ -162,7 +162,7 @@ def test_a_computed_weight_excludes_its_groups_and_says_what_to_do():
         nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), weight_norm(nn.Conv2d(5, 6, 1)), nn.ReLU(),
         spectral_norm(nn.Conv2d(6, 7, 1)), nn.ReLU(), nn.Conv2d(7, 8, 1), Head(8),
     )  # fmt: skip
-    found = probe(network, find_groups(network, example_input(SIDE)), canvas_size=SIDE).groups
+    found = probe(network, find_groups(network, example_input(SIDE)), example=example_input(SIDE)).groups
     folded = "in the factory, and a checkpoint saved again from the folded network"
     normed = (
         "4 computes its weight at every forward (_WeightNorm); fold it before pruning: "

@@ -66,13 +66,14 @@ class MultiheadAttention(nn.Module):
             split_heads(project(x), self.head_dim) for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
         mask = _merge(attn_mask, key_padding_mask, q)
-        dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
             scores = (q * self.scale) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            weights = F.dropout(weights, self.dropout, self.training)
             out = weights @ v
         else:
+            dropout = self.dropout if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=self.scale)
         out = self.proj(join_heads(out))
         if weights is not None and average_attn_weights:

@@ -54,7 +54,9 @@ class Call:
 
     @property
     def place(self) -> str:
-        return f"{self.name} in {self.module}" if self.module else self.name
+        """What a reader calls the operation, and where it is."""
+        told = self.name.removeprefix("_unsafe").strip("_")
+        return f"{told} in {self.module}" if self.module else told
 
     @cached_property
     def tensors(self) -> list[Tensor]:

@@ -97,8 +97,17 @@ def _unfold(call: Call) -> Labelled:
     return Labelled(call.shape, (along(np.repeat(f.labels.ravel(), call.shape[1] // x.shape[1]), 1, 3),))
 
 
+def _weight_norm(call: Call) -> list[Labelled]:
+    """Directions and lengths of a weight to the weight: each slice along ``dim`` by its own length."""
+    x, dim = call.at(call.arg("v")), call.arg("dim")
+    others = [axis for axis in range(len(x.shape)) if axis != dim]
+    x = stay(call.book, x, others, f"{call.place} takes one number over its channels")
+    lengths = call.at(call.arg("g"))
+    return [merge(call.book, x, lengths, f"{call.place} has channels that stay"), lengths]
+
+
 RULES: dict[str, Rule] = {
-    "roll": _ordered, "flip": _ordered,
+    "_weight_norm_interface": _weight_norm, "roll": _ordered, "flip": _ordered,
     **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "cumsum", "sort", "topk"], _one_axis),
     **dict.fromkeys(
         ["mean", "sum", "amax", "amin", "var_mean", "var", "std", "linalg_vector_norm", "argmax", "prod", "logsumexp", "any",

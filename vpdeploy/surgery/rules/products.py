@@ -28,9 +28,12 @@ def _contracted(call: Call, a: Labelled, i: int, b: Labelled, j: int, why: str) 
     return a, b
 
 
-def _reads(call: Call, x: Labelled, weight: Labelled) -> str:
+def _reads(call: Call, x: Labelled, weight: Labelled, axis: int) -> str:
+    """Why what ``weight`` reads along ``axis`` stays, if it does."""
     if x.constant:
         return f"{call.place} does not depend on the image"
+    if weight.constant and weight.shape[axis] > 1 and weight.field(axis) is None:
+        return f"{call.place} reads by a weight that is made of other tensors at every forward"
     return f"{call.place} reads values that stay, such as the network's input"
 
 
@@ -38,7 +41,8 @@ def _matrices(call: Call) -> Labelled:
     """[b, n, k] x [b, k, m] -> [b, n, m], b absent for mm and addmm."""
     bias, x, y = (None, *call.tensors) if len(call.tensors) == 2 else call.tensors
     a, b, ndim = call.at(x), call.at(y), len(call.shape)
-    why = _reads(call, b if a.constant and not b.constant else a, b)
+    left = a.constant and not b.constant  # the weight stands there
+    why = _reads(call, b, a, ndim - 1) if left else _reads(call, a, b, ndim - 2)
     held = a.constant and b.constant
     if held:
         a, b = stay(call.book, a, [ndim - 1], why), stay(call.book, b, [ndim - 2], why)
@@ -90,7 +94,7 @@ def _convolution(call: Call) -> Labelled:
     total = math.prod(weight.shape) * math.prod(places) * batch
     whole = False
     if groups == 1:
-        x, weight = _contracted(call, x, channel, weight, reads, _reads(call, x, weight))
+        x, weight = _contracted(call, x, channel, weight, reads, _reads(call, x, weight, reads))
         written = weight.field(writes)
         out = None if written is None else only(call.book, weight, writes).field(writes)
         labels = None if out is None else out.labels.ravel()
