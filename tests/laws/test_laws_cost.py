@@ -87,8 +87,9 @@ class Functional(nn.Module):
 OTHERS = {
     "attention": Attention,
     "functional and tied": Functional,
-    "grouped, of which nothing can go": lambda: nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2, padding="same"), nn.ReLU(), nn.Conv2d(4, 6, 1), Head(6)
+    "grouped, few of many and many of few": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2, padding="same"), nn.ReLU(), nn.Conv2d(4, 9, 1), nn.ReLU(),
+        nn.ConvTranspose2d(9, 6, 1, groups=3), nn.ReLU(), nn.Conv2d(6, 8, 1, groups=2), Head(8)
     ),
     "depthwise with a multiplier": lambda: nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(), nn.Conv2d(8, 6, 1), Head(6)
@@ -120,7 +121,7 @@ def test_odd_layers_are_counted_too(name):
 def test_the_example_may_have_any_batch():
     network = randomised(FAMILIES["mixed"]((4, 5, 6, 7), nn.ReLU), seed=0).float()
     groups = probed(network).prunable
-    one, three = (build_cost_model(network, groups) for n in (1, 3))
+    one, three = (build_cost_model(network, groups, example=example_input(SIDE, batch=n)) for n in (1, 3))
     assert one.macs(one.dense_widths) == three.macs(three.dense_widths)
 
 

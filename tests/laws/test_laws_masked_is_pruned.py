@@ -217,7 +217,7 @@ def test_grouped_convolutions_lose_whole_groups_or_the_same_positions_of_each(wi
     layers = (nn.Conv2d(3, width * parts, 1), nn.SiLU(), grouped, nn.SiLU())
     network = randomised(nn.Sequential(*layers, nn.Conv2d(outputs, 6, 1), nn.SiLU(), Head(6)), seed=7)
     groups = probed(network).prunable
-    whole = [("0", parts, min(width, 2)), ("4", 6, 1)]  # the layer that keeps the fewest for each tells the unit
+    whole = [("0", parts, width), ("4", 6, 1)]
     positions = [("0", width, parts), ("2", 2, parts), ("4", 6, 1)]
     assert [(g.root, g.width, g.unit) for g in groups] == (whole if parts > width else positions)
     mask = data.draw(masks(groups))

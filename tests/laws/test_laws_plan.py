@@ -80,7 +80,9 @@ def test_a_plan_for_another_network_is_refused_with_what_differs():
 def test_emptying_a_group_is_refused():
     network = randomised(FAMILIES["residual"]((4, 5, 6, 7), nn.ReLU), seed=0)
     groups = probed(network).prunable
-    with pytest.raises(SurgeryError, match="removing 4 channels would empty a layer"):
+    with pytest.raises(
+        SurgeryError, match="stem.0.weight: all 4 positions of axis 0 would go; keep at least one channel"
+    ):
         plan(network, groups, ChannelMask({groups[0].root: (False,) * 4}))
 
 

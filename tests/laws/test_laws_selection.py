@@ -49,7 +49,10 @@ class Case:
 
     @property
     def narrowest(self) -> list[int]:
-        return [allowed(group.width, self.round_to, self.max_removal)[0] for group in self.groups]
+        return [self.allowed(group)[0] for group in self.groups]
+
+    def allowed(self, group: ChannelGroup) -> list[int]:
+        return allowed(group.width, group.unit, self.round_to, self.max_removal)
 
     def select(self, ratio: float | None = None) -> Selection:
         ratio = self.percent / 100 if ratio is None else ratio
@@ -60,12 +63,18 @@ class Case:
         return select(selector, self.scores)
 
 
-def allowed(width: int, round_to: int, max_removal: Fraction) -> list[int]:
-    """The widths that the recipe's page promises, in its own words and whole numbers."""
-    step = round_to
-    if width < 4 * round_to:  # narrow: the largest power of two up to a quarter of the width
+def allowed(width: int, unit: int, round_to: int, max_removal: Fraction) -> list[int]:
+    """The widths that the recipe's page promises, in its own words and whole numbers: a layer has ``unit`` outputs for each
+    channel, and keeps a multiple of ``round_to`` of them, at least 4.
+    """
+    step = next(k for k in range(1, round_to + 1) if k * unit % round_to == 0)
+    if width < 4 * step:  # narrow: the largest power of two up to a quarter of the width
         step = max([1, *(2**k for k in range(8) if 4 * 2**k <= width)])
-    return [k for k in range(1, width + 1) if k == width or (k % step == 0 and width - k <= max_removal * width)]
+    return [
+        k
+        for k in range(1, width + 1)
+        if k == width or (k % step == 0 and width - k <= max_removal * width and k * unit >= 4)
+    ]
 
 
 @st.composite
@@ -99,7 +108,7 @@ def test_the_budget_is_kept_and_no_further_block_would_fit(case):
     widths = kept(case, selection)
     assert case.fits(widths)
     for i, group in enumerate(case.groups):
-        wider = [w for w in allowed(group.width, case.round_to, case.max_removal) if w > widths[i]]
+        wider = [w for w in case.allowed(group) if w > widths[i]]
         if wider:
             assert not case.fits([*widths[:i], wider[0], *widths[i + 1 :]]), f"{group.root} could keep {wider[0]}"
     assert selection.reached == case.cost_of(widths) / case.cost_of(case.dense)
@@ -113,8 +122,9 @@ def test_widths_are_allowed_and_no_group_is_emptied(case):
     widths = kept(case, case.select())
     for group, width in zip(case.groups, widths, strict=True):
         assert width >= 1
-        assert width in allowed(group.width, case.round_to, case.max_removal)
+        assert width in case.allowed(group)
         assert width == group.width or group.width - width <= case.max_removal * group.width
+        assert width == group.width or width * group.unit >= 4  # of a layer's outputs
 
 
 @settings(max_examples=60)
