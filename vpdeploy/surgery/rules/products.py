@@ -41,8 +41,8 @@ def _matrices(call: Call) -> Labelled:
     """[b, n, k] x [b, k, m] -> [b, n, m], b absent for mm and addmm."""
     bias, x, y = (None, *call.tensors) if len(call.tensors) == 2 else call.tensors
     a, b, ndim = call.at(x), call.at(y), len(call.shape)
-    left = a.constant and not b.constant  # the weight stands there
-    why = _reads(call, b, a, ndim - 1) if left else _reads(call, a, b, ndim - 2)
+    first = a.constant and not b.constant  # the weight stands there
+    why = _reads(call, b, a, ndim - 1) if first else _reads(call, a, b, ndim - 2)
     held = a.constant and b.constant
     if held:
         a, b = stay(call.book, a, [ndim - 1], why), stay(call.book, b, [ndim - 2], why)
