@@ -100,6 +100,11 @@ def dump(value: object) -> bytes:
     return json.dumps({"schema": SCHEMA, **plain}, indent=1, allow_nan=False).encode()
 
 
+def dump_line(value: object) -> str:
+    """The same in one line, for the metadata of another file."""
+    return json.dumps(json.loads(dump(value)), separators=(",", ":"))
+
+
 def load(kind: type[T], content: bytes, *, where: str) -> T:
     """The value that ``dump`` wrote. ``load(type(x), dump(x)) == x``.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -100,8 +99,7 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
 
 def _certificate(work: Workbench, arm: str) -> str:
     """What was proved of the arm's cut, as JSON for the file's own metadata."""
-    proved = run_folder.read_value(arm_file(work.run, "certificate.json", arm), Certificate)
-    return json.dumps(json.loads(run_folder.dump(proved)), separators=(",", ":"))
+    return run_folder.dump_line(run_folder.read_value(arm_file(work.run, "certificate.json", arm), Certificate))
 
 
 def _keep_pictures(work: Workbench) -> None:

@@ -60,10 +60,13 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """All groups of a network, in the order of its writers. ``path`` tells apart what its forward did to show them."""
+    """All groups of a network, in the order of its writers, as a forward on ``shape`` [c, h, w] showed them; ``path`` is a
+    hash of what that forward did.
+    """
 
     groups: tuple[ChannelGroup, ...]
     path: str = ""
+    shape: tuple[int, ...] = ()
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:

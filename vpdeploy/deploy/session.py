@@ -38,21 +38,37 @@ class Contract:
 
 
 def describe(recipe: Recipe, *, arm: str, form: str, classes: Sequence[str], version: str) -> dict[str, str]:
-    """The metadata of one exported file, all text."""
-    size = recipe.input.image_size
+    """The metadata of one exported file of a run, all text."""
+    table = recipe.input
+    about = describe_input(
+        form=form, classes=classes, image_size=table.image_size, canvas_size=table.canvas, resize=table.resize,
+        mean=table.mean, std=table.std, version=version,
+    )  # fmt: skip
+    return {**about, "recipe_sha256": recipe_hash(recipe), "arm": arm, "max_pixels": str(recipe.data.max_pixels)}
+
+
+def describe_input(
+    *,
+    form: str,
+    classes: Sequence[str],
+    image_size: int,
+    canvas_size: int,
+    resize: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    version: str,
+) -> dict[str, str]:
+    """What a caller must know of an exported file, all text."""
     return {
         "vpdeploy_version": version,
-        "recipe_sha256": recipe_hash(recipe),
-        "arm": arm,
         "form": form,
         "classes": json.dumps(list(classes)),
-        "image_size": str(size),
-        "canvas_size": str(recipe.input.canvas),
-        "resize": recipe.input.resize,
-        "max_pixels": str(recipe.data.max_pixels),
-        "mean": json.dumps(list(recipe.input.mean)),
-        "std": json.dumps(list(recipe.input.std)),
-        "input": INPUTS[form].replace("{s}", str(size)),
+        "image_size": str(image_size),
+        "canvas_size": str(canvas_size),
+        "resize": resize,
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "input": INPUTS[form].replace("{s}", str(image_size)),
         "output": f"logits: float32 [n, {len(classes)}], one column per class",
     }
 

@@ -30,7 +30,7 @@ def find_groups(backbone: nn.Module, example: Tensor, *, limit: Limit | None = N
     Raises: SurgeryError when its forward fails; LimitError past ``limit``.
     """
     twin = twin_of(backbone, on_cpu(torch.float32))
-    return groups_of(trace(twin, example, limit=limit), twin)
+    return replace(groups_of(trace(twin, example, limit=limit), twin), shape=tuple(example.shape[1:]))
 
 
 def groups_of(seen: Trace, twin: nn.Module) -> ChannelGroups:

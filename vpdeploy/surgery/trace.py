@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.models.gather import ChannelGather
+from vpdeploy.models.plain import plain
 from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
 from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.rules.call import Call, Product, Role
@@ -43,9 +44,12 @@ class Trace:
 def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
     """Watch one forward of ``backbone`` on ``example`` [n, 3, h, w], in eval mode; ``backbone`` is unchanged.
 
-    Raises: SurgeryError when the forward fails, with the module that it fails in.
+    Where it leaves parameters out, one in training mode follows: auxiliary classifiers lose what they read, too.
+
+    Raises: SurgeryError when the forward fails, with the module that it fails in, and when values of the image decide what
+    runs.
     """
-    twin = twin_of(backbone)
+    twin = _with_own_buffers(twin_of(backbone))
     with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
@@ -58,17 +62,52 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
             raise SurgeryError(
                 f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}"
             ) from e
+        if watch.unseen:
+            outputs = [outputs, _in_training(twin, watch, example)]
     for tensor in tree_leaves(outputs):
         if isinstance(tensor, Tensor):
             hold_all(watch.book, watch.known(tensor), "its channels are the network's outputs")
+    if watch.choices and watch.unseen:
+        unseen, *more = watch.unseen.values()
+        raise SurgeryError(
+            f"network {type(backbone).__name__}: {watch.choices[0] or 'its forward'} reads a value that depends on the image, "
+            f"and {unseen}{f' and {len(more)} more' if more else ''} took no part: for other images it may, and what removal "
+            "does there is not known; expected a forward that takes the same layers for all images: remove the others"
+        )
     products = tuple(p if p.constant else replace(p, rest=p.rest / len(example)) for p in watch.products)
     return Trace(watch.labels, watch.book.components(), tuple(watch.roles), products, watch.path.hexdigest())
+
+
+def _with_own_buffers(twin: nn.Module) -> nn.Module:
+    """``twin`` after its buffers were copied: a forward in training mode writes statistics."""
+    own: dict[int, Tensor] = {}
+    for module in twin.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = own[id(buffer)] = own.get(id(buffer), buffer.clone())
+    return twin
+
+
+def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:
+    """Outputs in training mode, None where it does not run: then nothing that belongs to it is known."""
+    watch.training = True
+    batch = example if len(example) > 1 else example.repeat(2, *(1,) * (example.ndim - 1))  # norms need two
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), plain_attention(), watch:
+            watch.learn(batch, Labelled(tuple(batch.shape)))
+            return twin.train()(batch)
+    except LimitError:
+        raise
+    except Exception:
+        return None
 
 
 def twin_of(network: nn.Module, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
     """A copy of ``network`` in eval mode that shares its tensors, but for those that ``convert`` makes anew.
 
     Hooks and modes of the copy do not reach ``network``, and a large network is not in memory twice.
+
+    Raises: ModelError for what ``models.plain`` refuses, SurgeryError for others that cannot be copied.
     """
     memo: dict[int, Any] = {}
     for tensor in [*network.parameters(), *network.buffers()]:
@@ -77,7 +116,13 @@ def twin_of(network: nn.Module, convert: Callable[[Tensor], Tensor] = lambda ten
         if changed is not values and isinstance(tensor, nn.Parameter):
             changed = nn.Parameter(changed, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = tensor if changed is values else changed
-    return copy.deepcopy(network, memo).eval()
+    try:
+        return copy.deepcopy(network, memo).eval()
+    except Exception as e:
+        plain(network, where="network")  # most often a hook computes a weight, and this says which and how to fold it
+        raise SurgeryError(
+            f"network {type(network).__name__} cannot be copied: {told(e)}; expected plain modules, parameters and buffers"
+        ) from e
 
 
 def on_cpu(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -133,6 +178,9 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
+CHOICES = ("_local_scalar_dense", "equal")  # what bool(x), x.item() and torch.equal come to
+
+
 class _Watch(TorchDispatchMode):
     """Asks the rules of every operation what becomes of the labels. ``where``: the modules being called."""
 
@@ -142,6 +190,9 @@ class _Watch(TorchDispatchMode):
         self.products: list[Product] = []
         self.roles: list[Role] = []
         self.path = hashlib.sha256()
+        self.unseen = {id(tensor): name for name, tensor in network.named_parameters()}  # no operation took them yet
+        self.choices: list[str] = []  # modules that read a number that depends on the image
+        self.training = False
         self._where = where
         self._gathering = False
         self._known: Any = WeakIdKeyDictionary()
@@ -169,12 +220,17 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(self.book, func, args, kwargs or {}, self._where[-1] if self._where else "")
         call.known = {id(tensor): self.known(tensor) for tensor in call.tensors}
+        for key in call.known:
+            self.unseen.pop(key, None)
+        if call.name in CHOICES and not self.training and not all(known.constant for known in call.known.values()):
+            self.choices.append(call.module)
         call.output = func(*args, **(kwargs or {}))
         if not self._gathering:
             for tensor, labelled in follow(call):
                 self.learn(tensor, labelled)
-            self.products += call.products
             self.roles += call.roles
+        if not self._gathering and not self.training:
+            self.products += call.products
             self.path.update(f"{func} {call.module}\n".encode())
         return call.output
 

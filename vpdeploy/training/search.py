@@ -19,7 +19,8 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.criteria.taylor import taylor
-from vpdeploy.scoring.select import Selector, select_row
+from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import offsets
 from vpdeploy.training.evaluate import accuracy
@@ -49,18 +50,6 @@ class SearchTask:
     groups: Sequence[ChannelGroup]
     selector: Selector
     prompted: bool
-
-
-class StraightThrough(torch.autograd.Function):
-    """Forward: the hard mask, 1 for what stays. Backward: the scores get the gate's gradient as it is (arXiv:1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: object, scores: Tensor, mask: Tensor) -> Tensor:
-        return mask.to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: object, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
 
 
 @dataclass(frozen=True)
@@ -149,12 +138,6 @@ def search_step(
     """The loss of one batch under the hard mask of the scores as they are; its backward reaches scores and prompt alone."""
     gates = StraightThrough.apply(scores, hard_mask(selector, scores))
     return F.cross_entropy(network(images, gates, prompted=prompted), labels)
-
-
-def hard_mask(selector: Selector, scores: Tensor) -> Tensor:
-    """The budget's mask for ``scores`` [channels]: bool, on the same device."""
-    row = scores.detach().to("cpu", torch.float64).numpy()
-    return torch.from_numpy(select_row(selector, row)).to(scores.device)
 
 
 def _initial_scores(learner: _Learner, task: SearchTask, images: Images, *, recipe: Recipe) -> Tensor:

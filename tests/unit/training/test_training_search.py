@@ -21,7 +21,8 @@ from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import prices
 from vpdeploy.training import search as module
 from vpdeploy.training.network import Compute, build_canvas
-from vpdeploy.training.search import SearchTask, StraightThrough, hard_mask, search, search_step, with_statistics
+from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
+from vpdeploy.training.search import SearchTask, search, search_step, with_statistics
 from vpdeploy.training.streams import stream
 from vpdeploy.values import Found
 
