@@ -102,9 +102,9 @@ def _weights(model: ModelTable) -> Iterator[str]:
             yield f"model.weights: {what}; expected a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)})" + (
                 _near(path) or ": check the path"
             )
-    elif model.name.startswith(tuple(PUBLISHERS)) and not list(
-        _network(model.name)
-    ):  # otherwise the name is the problem
+    elif model.name.startswith(tuple(PUBLISHERS)):
+        if any(_network(model.name)):
+            return  # the name is the problem
         try:
             _publisher(model.name).check_published(model.name.partition(":")[2], model.weights)
         except ModelError as e:

@@ -138,7 +138,10 @@ def test_published_weights_without_a_classifier_get_a_new_one(monkeypatch):
     built = build(table(name, weights="DEFAULT", args=arguments), classes=4, seed=0)
     assert (built.head, built.classifier) == ("replace", "head")
     got = built.backbone.state_dict()
-    assert got["head.weight"].shape == (4, 24) and all(torch.equal(got[key], value) for key, value in state.items())
+    assert got["head.weight"].shape == (4, 24)
+    assert len(got.keys() & state.keys()) > 5 and all(
+        torch.equal(got[key], state[key]) for key in got.keys() & state.keys()
+    )
     assert message(table(name, weights="DEFAULT", head="flm", args=arguments)).startswith("model.head: got 'flm', but ")
 
 
@@ -147,7 +150,7 @@ def test_several_classifiers_are_kept_or_refused(tmp_path):
     built = build(table(name), classes=4, seed=0)
     assert (built.head, built.classifier) == ("keep", "head")
     check_forward(built.backbone, canvas_size=224, classes=4)
-    torch.save(built.backbone.state_dict(), tmp_path / "four.pt")
+    torch.save(trained(name, num_classes=4).state_dict(), tmp_path / "four.pt")
     assert build(table(name, weights=str(tmp_path / "four.pt")), classes=4, seed=0).head == "keep"
     assert message(table(name, weights=str(tmp_path / "four.pt")), classes=3) == (
         f"model.head: 'timm:{name}' has 2 classifiers (head, head_dist) of 4 classes, and the data 3; expected one that can "
