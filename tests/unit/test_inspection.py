@@ -64,7 +64,8 @@ def test_the_table_and_the_json_say_the_same(capsys, found):
     done = here(capsys, "inspect", QUICKSTART, "--json")
     assert (done.status, done.err) == (0, "")
     plain = json.loads(done.out)
-    assert plain | {"seconds": 0} == json.loads(json.dumps(found.as_json())) | {"seconds": 0}
+    measured = {"seconds": 0, "peak_rss_mib": 0}  # of another run
+    assert plain | measured == json.loads(json.dumps(found.as_json())) | measured
 
 
 FACTORY = """
@@ -86,18 +87,32 @@ def net():
 """
 
 
-def test_a_share_is_right_or_not_told(capsys, tmp_path):
+def test_a_share_is_all_that_goes_with_the_group(capsys, tmp_path):
+    """Attention by heads: the products of queries, keys and values, outside every layer, go with the heads."""
     (tmp_path / "net.py").write_text(FACTORY)
     recipe = with_values(load_recipe(QUICKSTART), {"model.name": f"{tmp_path}/net.py:net"})
     found, area = inspect_recipe(recipe), recipe.input.canvas**2
     by_root = {group.root: group for group in found.groups}
-    attention = 4 * 16 * 16 * area + 2 * 16 * area**2  # four projections, and each position with each, twice
-    assert found.macs == 27 * 8 * area + 8 * 16 * area + attention + 16 * 10
-    assert by_root["a"].macs_share == pytest.approx((27 * 8 + 8 * 16) * area / found.macs)
-    assert by_root["b"].macs_share is None  # attention reads it, on weights that no layer multiplies
+    scores = 2 * 16 * area**2  # each position with each, twice
+    assert found.macs == (27 * 8 + 8 * 16 + 4 * 16 * 16) * area + scores + 16 * 10
+    expected = {
+        "a.parametrizations.weight.original1": (27 * 8 + 8 * 16) * area,
+        "b": (8 * 16 + 3 * 16 * 16) * area,
+        "attention.q": 4 * 16 * 16 * area + scores,
+        "attention.proj": 16 * 16 * area + 16 * 10,
+        "head": 16 * 10,
+    }
+    assert {root: group.macs_share for root, group in by_root.items()} == pytest.approx(
+        {root: macs / found.macs for root, macs in expected.items()}
+    )
+    assert {root: (group.width, group.status) for root, group in by_root.items()} == {
+        "a.parametrizations.weight.original1": (8, "excluded"), "b": (16, "exact"), "attention.q": (2, "exact"),
+        "attention.proj": (16, "exact"), "head": (10, "excluded"),
+    }  # fmt: skip
     shown = here(capsys, "inspect", QUICKSTART, *settings([f"model.name={tmp_path}/net.py:net"]))
-    (line,) = [line for line in shown.out.splitlines() if line.split()[1:2] == ["b"]]
-    assert (shown.status, shown.err, line.split()[5]) == (0, "", "-")
+    assert (shown.status, shown.err) == (0, "")
+    (line,) = [line for line in shown.out.splitlines() if "attention.q" in line]
+    assert f"{100 * by_root['attention.q'].macs_share:.1f}%" in line
 
 
 def test_nothing_is_trained_or_written(capsys, tmp_path, monkeypatch):

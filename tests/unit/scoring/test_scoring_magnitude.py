@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.values import ChannelGroup
+from vpdeploy.values import ChannelGroup, Member
 
 
 def prunable(network: nn.Module) -> tuple[ChannelGroup, ...]:
@@ -57,13 +57,29 @@ def test_a_layer_that_writes_and_reads_its_group_counts_twice():
     assert close(scores, [(1 + 2 + 3 / 3.5 + 1) / 4, (1 + 0 + 4 / 3.5 + 1) / 4])
 
 
-def test_the_input_axis_of_a_grouped_convolution_tells_nothing_of_single_channels():
+def test_of_a_grouped_convolution_the_same_position_of_each_part_is_one_channel():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=2), Head(4))
     with torch.no_grad():
         network[0].weight.fill_(1.0)
-        network[0].weight[0] = 5.0  # norms 5, 1, 1, 1 times sqrt(3): mean 2
-    scores = magnitude(network, prunable(network)[:1])
-    assert close(scores["0"], [(2.5 + 1) / 2, *[(0.5 + 1) / 2] * 3])
+        network[0].weight[0] = 7.0  # channel 0: rows 0 and 2, norm sqrt(3 * (49 + 1)); channel 1: sqrt(3 * 2): 5 to 1
+        network[1].weight.copy_(torch.tensor([[3.0, 1], [0, 0], [4, 0], [0, 0]])[:, :, None, None])  # columns 5 and 1
+        network[2].linear.weight.fill_(1.0)
+    scores = magnitude(network, prunable(network))
+    assert close(scores["0"], [5 / 3, 1 / 3])
+    # its outputs, by rows 0 and 2, 1 and 3: sqrt(26) and 0; the head's columns weigh alike
+    assert close(scores["1"], [(2 + 1) / 2, (0 + 1) / 2])
+
+
+def test_a_head_weighs_what_all_its_channels_do():
+    network = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2))
+    rows, columns = torch.tensor([[3.0], [4], [0], [0]]).expand(4, 3), torch.tensor([3.0, 4, 5, 0]).expand(2, 4)
+    with torch.no_grad():
+        network[0].weight.copy_(rows)
+        network[1].weight.copy_(columns)
+    channels = (0, 0, 1, 1)
+    written = Member("0.weight", 0, "out", (0, 1, 2, 3), channels)
+    group = ChannelGroup("0", 2, (written, Member("1.weight", 1, "in", (0, 1, 2, 3), channels)))
+    assert close(magnitude(network, (group,))["0"], [(2 + 1) / 2, (0 + 1) / 2])
 
 
 def test_the_scale_of_a_layer_does_not_matter_and_groups_compete_on_equal_terms():

@@ -6,20 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from strategies import group_of
 
 from vpdeploy.errors import BudgetError, SurgeryError
 from vpdeploy.scoring.select import Selector, allowed_widths, build_selector, select, select_row
-from vpdeploy.surgery.cost import CostModel
-from vpdeploy.values import ChannelGroup
+from vpdeploy.surgery.cost import CostModel, Sum
 
 
 def selector(*widths: int, weights: list[float] | None = None, **table: Any) -> Selector:
-    """Groups g0, g1, ...; one channel of group i costs ``weights[i]`` MACs and one parameter."""
+    """Groups g0, g1, ...; one channel of group i costs ``weights[i]`` MACs and one parameter, and is five outputs of a layer:
+    more than the least that must stay, and no divisor of a step.
+    """
     count = len(widths)
     share, constant = np.zeros((2, count, count)), np.zeros((2, count))
     share[0], constant[1] = np.eye(count), 1
-    cost = CostModel(share, constant, np.ones(count), np.array(weights or [1.0] * count), np.array(widths, float))
-    groups = tuple(ChannelGroup(f"g{i}", width, ()) for i, width in enumerate(widths))
+    products, entries = (Sum(share, constant, np.array(rest)) for rest in (weights or [1.0] * count, [1.0] * count))
+    cost = CostModel(products, entries, np.array(widths, float))
+    groups = [group_of(f"g{i}", width, unit=5) for i, width in enumerate(widths)]
     return build_selector(groups, cost, **{"budget": "channel_ratio", "round_to": 1, "max_removal": 0.9, **table})
 
 
@@ -35,18 +38,35 @@ def scores(**rows: list[float]) -> dict[str, np.ndarray]:
         (70, 16, 0.9, [16, 32, 48, 64, 70]),  # the full width is no multiple
         (63, 16, 0.9, [8, 16, 24, 32, 40, 48, 56, 63]),  # narrow: 8 is the largest power of two up to 15.75
         (16, 8, 0.9, [4, 8, 12, 16]),
-        (10, 8, 0.9, [2, 4, 6, 8, 10]),
-        (3, 8, 0.9, [1, 2, 3]),
+        (10, 8, 0.9, [4, 6, 8, 10]),  # never fewer than 4
+        (4, 8, 0.9, [4]),
+        (3, 8, 0.9, [3]),
         (1, 8, 0.9, [1]),
-        (10, 1, 0.9, list(range(1, 11))),
-        (10, 1, 0.7, list(range(3, 11))),  # 10 * (1 - 0.7) is 3.0000000000000004 in floating point
+        (10, 1, 0.9, list(range(4, 11))),
+        (20, 1, 0.7, list(range(6, 21))),  # 20 * (1 - 0.7) is 6.000000000000001 in floating point
         (100, 1, 0.9, list(range(10, 101))),
         (40, 8, 0.01, [40]),
-        (12, 3, 0.9, [3, 6, 9, 12]),
+        (12, 3, 0.9, [6, 9, 12]),
     ],
 )
 def test_allowed_widths(width, round_to, max_removal, expected):
     assert allowed_widths(width, round_to=round_to, max_removal=max_removal) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "unit", "round_to", "max_removal", "expected"),
+    [
+        (12, 64, 8, 0.9, list(range(2, 13))),  # heads of 64: each is a multiple of 8 by itself
+        (12, 64, 8, 0.95, list(range(1, 13))),  # and one of them is more than 4 channels
+        (32, 4, 8, 0.9, [4, *range(6, 33, 2)]),  # 2 groups of 4 channels make 8
+        (16, 3, 8, 0.9, [4, 8, 12, 16]),  # narrow for steps of 8 (24 channels): a quarter of the width
+        (64, 6, 8, 0.9, [8, *range(12, 65, 4)]),  # 4 times 6 is a multiple of 8
+        (9, 2, 1, 0.9, list(range(2, 10))),  # 2 pairs are 4 channels
+        (5, 3, 1, 0.9, list(range(2, 6))),  # 2 times 3
+    ],
+)
+def test_allowed_widths_count_the_outputs_of_a_layer(width, unit, round_to, max_removal, expected):
+    assert allowed_widths(width, unit=unit, round_to=round_to, max_removal=max_removal) == expected
 
 
 # --- order ----------------------------------------------------------------------------------------------------------
@@ -108,7 +128,7 @@ def test_rounding_of_a_mean_does_not_reorder_equal_blocks(value):
     for ratio in np.linspace(0.3, 0.99, 12):
         kept = select_row(selector(14, 14, ratio=float(ratio), round_to=3), np.full(28, value))
         for part in np.split(kept, 2):
-            assert part.sum() in allowed_widths(14, round_to=3, max_removal=0.9)
+            assert part.sum() in allowed_widths(14, unit=5, round_to=3, max_removal=0.9)
             assert part.tolist() == sorted(part.tolist(), reverse=True)
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from strategies import group_of
 
 from vpdeploy.scoring.criteria.taylor import taylor
 from vpdeploy.scoring.select import Selector, build_selector, prices
-from vpdeploy.surgery.cost import CostModel
-from vpdeploy.values import ChannelGroup
+from vpdeploy.surgery.cost import CostModel, Sum
 
-GROUPS = (ChannelGroup("a", 2, ()), ChannelGroup("b", 3, ()))
+GROUPS = (group_of("a", 2, unit=5), group_of("b", 3, unit=5))
 
 
 def selector(budget: str) -> Selector:
     """Two layers: the first holds 4 a MACs, the second, which reads a and writes b, 10 a b."""
     share = np.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])  # two axes of two tensors, by group
     constant = np.array([[0.0, 0.0], [1.0, 0.0]])
-    cost = CostModel(share, constant, np.ones(2), np.array([4.0, 10.0]), np.array([2.0, 3.0]))
+    products, entries = (Sum(share, constant, np.array(rest)) for rest in ([4.0, 10.0], [1.0, 1.0]))
+    cost = CostModel(products, entries, np.array([2.0, 3.0]))
     return build_selector(GROUPS, cost, budget=budget, ratio=0.5, round_to=1, max_removal=0.9)
 
 

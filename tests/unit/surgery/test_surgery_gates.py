@@ -91,7 +91,7 @@ def test_every_reader_of_a_group_is_gated_and_nothing_else():
 def test_on_tokens_the_gate_stands_at_the_last_axis():
     """[n, t, c] into a linear layer, as many tokens as channels: the axes must not be confused."""
     network = randomised(nn.Sequential(nn.Linear(SIDE, SIDE), nn.Linear(SIDE, 4)), seed=0)
-    group = ChannelGroup("0", SIDE, (Member("1", "in", tuple(range(SIDE)), tuple(range(SIDE))),))
+    group = ChannelGroup("0", SIDE, (Member("1.weight", 1, "in", tuple(range(SIDE)), tuple(range(SIDE))),))
     x = image(0)[:, 0]
     values = (torch.arange(SIDE) % 3 > 0).double().requires_grad_(True)
     out = Gated(network, (group,))(x, values)
@@ -103,6 +103,32 @@ def test_on_tokens_the_gate_stands_at_the_last_axis():
     assert values.grad is not None
     expected = (read * weight.sum(0)).sum((0, 1)).detach()
     assert float((values.grad - expected).abs().max() / expected.abs().max()) <= CLOSED_FORM_FLOAT64
+
+
+@pytest.mark.parametrize(("parts", "transposed"), [(2, False), (3, False), (2, True)])
+def test_at_a_grouped_convolution_every_part_reads_the_same_positions(parts, transposed):
+    conv = (nn.ConvTranspose2d if transposed else nn.Conv2d)(12, 6, 1, groups=parts)
+    network = randomised(nn.Sequential(nn.Conv2d(3, 12, 1), nn.SiLU(), conv, nn.SiLU(), Head(6)), seed=0)
+    group = find_groups(network, example_input(SIDE)).groups[0]
+    assert (group.root, group.width) == ("0", 12 // parts)
+    read: list[Tensor] = []
+    gated = Gated(network, (group,))
+    conv.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    values = row((group,))
+    values[1] = 0
+    gated(image(0), values)
+    dead = [c for c in range(12) if not bool(read[0][:, c].any())]
+    assert dead == [1 + part * 12 // parts for part in range(parts)]
+
+
+def test_depthwise_convolutions_pass_and_are_no_readers():
+    """Their gate stands further on, where what they made of a constant is gone too."""
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    network = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), conv, nn.Sigmoid(), Head(8)), seed=0)
+    (group,) = find_groups(network, example_input(SIDE)).groups[:1]
+    gated = Gated(network, (group,))
+    assert not conv._forward_pre_hooks and len(network[4].linear._forward_pre_hooks) == 1
+    assert torch.equal(gated(image(0), row((group,)) * 0)[0], network[4].linear.bias)
 
 
 def test_inputs_that_belong_to_no_group_pass():
@@ -117,8 +143,7 @@ def test_inputs_that_belong_to_no_group_pass():
 def test_the_mask_gradient_is_summed_in_float32_when_the_map_is_bfloat16():
     network = nn.Sequential(nn.Identity(), nn.Conv2d(1, 1, 1, bias=False)).to(torch.bfloat16).requires_grad_(False)
     nn.init.ones_(network[1].weight)  # type: ignore[arg-type]
-    reader = find_groups(nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), Head(1)), example_input(2)).groups[0]
-    gated = Gated(network, (reader,))
+    gated = Gated(network, (ChannelGroup("0", 1, (Member("1.weight", 1, "in", (0,), (0,)),)),))
     values = torch.ones(1, requires_grad=True)
     gated(torch.ones(1, 1, 1, 257, dtype=torch.bfloat16), values).sum(dtype=torch.float32).backward()
     assert values.grad is not None and values.grad.dtype == torch.float32
