@@ -42,7 +42,6 @@ from vpdeploy.surgery.trace import told, twin_of
 from vpdeploy.values import Certificate, ChannelGroups, Parity, PrunePlan, Selection
 
 Scores = Literal["magnitude", "random"] | Mapping[str, Tensor]
-VECTOR_BYTES = 0  # test vectors are for packages
 
 
 @dataclass(frozen=True)
@@ -294,13 +293,12 @@ def export_onnx(
         mean=spec.mean, std=spec.std, version=version("vpdeploy"),
     )  # fmt: skip
     to_onnx(deployable, Path(path), opset=spec.opset, metadata={**about, **(spec.metadata or {})})
-    parity, _ = check_parity(
-        deployable, Path(path), images=images or _pictures(spec.image_size), vector_bytes=VECTOR_BYTES
-    )
+    shown = made_up_pictures(spec.image_size) if images is None else list(images)
+    parity, _ = check_parity(deployable, Path(path), images=shown, vector_bytes=0, at_least=len(shown))
     return parity
 
 
-def _pictures(side: int) -> list[np.ndarray]:
+def made_up_pictures(side: int) -> list[np.ndarray]:
     """32 pictures of waves in many colours, directions and scales, so that logits differ: uint8 [side, side, 3]."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[0:side, 0:side] / side

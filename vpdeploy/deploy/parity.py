@@ -27,11 +27,11 @@ LONG_SIDE = 512  # of the images that are made here; given ones are used as they
 
 
 def check_parity(
-    deployable: Deployable, path: Path, *, images: Sequence[np.ndarray], vector_bytes: int
+    deployable: Deployable, path: Path, *, images: Sequence[np.ndarray], vector_bytes: int, at_least: int = MIN_IMAGES
 ) -> tuple[Parity, Vectors]:
     """How well the file at ``path`` agrees with ``deployable``, and at most ``vector_bytes`` of vectors for ``verify``.
 
-    images: uint8 [h, w, 3] each, of the validation split; fewer than 32 are repeated mirrored and shifted. Form "uint8"
+    images: uint8 [h, w, 3] each, of the validation split; fewer than ``at_least`` are repeated mirrored and shifted. Form "uint8"
     gets images of mixed sizes at batch 1 and batches of 3 and 8 at three sizes; "float" the resized images at batches
     1, 3 and 8.
 
@@ -46,7 +46,7 @@ def check_parity(
     agreements: list[Agreement] = []
     expected: list[np.ndarray] = []
     batches: list[tuple[np.ndarray, np.ndarray]] = []
-    for image in _inputs(deployable, _enough(images)):
+    for image in _inputs(deployable, _enough(images, at_least)):
         with torch.inference_mode():
             ours = deployable(torch.from_numpy(image)).numpy()
         theirs = np.asarray(session.run(["logits"], {"image": image})[0])
@@ -109,10 +109,10 @@ def _spread(path: Path, logits: np.ndarray) -> float:
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def _enough(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """At least 32 images: the given ones, and if they are fewer, their mirrored and shifted copies."""
+def _enough(images: Sequence[np.ndarray], at_least: int) -> list[np.ndarray]:
+    """At least so many images: the given ones, and if they are fewer, their mirrored and shifted copies."""
     result = list(images)
-    for i in range(MIN_IMAGES - len(images)):
+    for i in range(at_least - len(images)):
         turn, of = divmod(i, len(images))
         result.append(np.roll(images[of][:, ::-1], turn, axis=1))
     return result

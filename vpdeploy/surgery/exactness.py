@@ -73,7 +73,9 @@ def probe(
     alive = {group.root: group for group in judged}
     if _path(backbone, bench.x) != groups.path:  # one image: forwards in float64 are slow at this size
         bench = replace(bench, large=_noise(1, shape))
-    verdicts = _agreed(bench, [alive[group.root] for group in candidates])
+    held = len(groups.groups) - len(candidates)  # the classifier is; beside others the rest may honestly change little
+    control = CONTROL if held <= 1 else ALIVE
+    verdicts = _agreed(bench, [alive[group.root] for group in candidates], control=control)
     if allow_approximate:
         taken = [group for group in verdicts.values() if group.status == "exact"]
         verdicts |= _approximate(bench, [alive[group.root] for group in normalised], beside=taken)
@@ -87,8 +89,11 @@ def probe(
     return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
-def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:
-    """The verdict on each of ``candidates``: alone where they disagree, and on all that is left together."""
+def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float) -> dict[str, ChannelGroup]:
+    """The verdict on each of ``candidates``: alone where they disagree, and on all that is left together.
+
+    ``control``: how much gating all of them must change.
+    """
     small = replace(bench, large=None)
     probes = [*((small, half) for half in HALVES[:-1]), (bench, HALVES[-1])]
     verdicts = {group.root: group for group in candidates}
@@ -96,13 +101,13 @@ def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup]) -> dict[str, Chan
     for place, half in probes:
         standing = [group for group in verdicts.values() if group.status != "excluded"]
         if standing:
-            together = _verdict(place, standing, half, control=_control(standing, candidates))
+            together = _verdict(place, standing, half, control=_control(standing, candidates, control))
             doubted |= together.status != "exact"
             verdicts |= {group.root: group for group in _judge(place, standing, half, together)}
     accepted = [group for group in verdicts.values() if group.status != "excluded"]
     if doubted and accepted:
         for place, half in probes:
-            together = _verdict(place, accepted, half, control=_control(accepted, candidates))
+            together = _verdict(place, accepted, half, control=_control(accepted, candidates, control))
             if together.status != "exact":  # exact alone, not together: nothing can be promised
                 reason = f"together with others {together.reason}"
                 verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
@@ -116,10 +121,8 @@ def _approximate(
     verdicts = {group.root: group for group in candidates}
     with norms_without_statistics():
         calm = replace(bench, full=_forward(bench.redrawn, bench.x), large=None)
-        exact = [
-            g
-            for g in _agreed(calm, [replace(g, status="exact") for g in candidates if g.status != "excluded"]).values()
-        ]
+        standing = [replace(group, status="exact") for group in candidates if group.status != "excluded"]
+        exact = list(_agreed(calm, standing, control=ALIVE).values())
         taken = [g for g in exact if g.status == "exact"]
         if taken and beside and _verdict(calm, [*beside, *taken], HALVES[0], control=ALIVE).status != "exact":
             exact = [replace(g, status="excluded", reason="not exact together with the other groups") for g in exact]
@@ -142,9 +145,9 @@ def _path(backbone: nn.Module, x: Tensor) -> str:
     return trace(twin_of(backbone, on_cpu(torch.float32)), x.float()).path
 
 
-def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup]) -> float:
+def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup], of_all: float) -> float:
     """How much gating ``groups`` must change: what is left of the candidates may change little."""
-    return CONTROL if len(groups) == len(candidates) else ALIVE
+    return of_all if len(groups) == len(candidates) else ALIVE
 
 
 def _liveliest(
