@@ -7,14 +7,13 @@ import sys
 
 import numpy as np
 import torch
-from strategies import CLASSES, SIDE, Head, conv_norm
+from strategies import CLASSES, FAMILIES, SIDE, Head, conv_norm, randomised
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.values import ChannelGroup, Member, Side
 
 AREA = SIDE**2
 
@@ -69,12 +68,57 @@ def test_depthwise_linear_and_transposed():
         assert cost.params(widths) == 4 * a + 9 * a + 4 * a * b + b + 4 * b * c + c + c * CLASSES
 
 
-def test_a_grouped_convolution_reads_its_share_of_the_inputs():
+def test_a_grouped_convolution_of_few_groups_reads_and_writes_positions_of_each():
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, padding=1, groups=2, bias=False), Head(6))
     cost = cost_of(network)
-    assert cost.dense_widths.tolist() == [8, 6]
-    for a, b in [(8, 6), (4, 6), (8, 2)]:
-        assert cost.macs(np.array([a, b], float)) == 3 * a * AREA + 9 * (a / 2) * b * AREA + b * CLASSES
+    assert cost.dense_widths.tolist() == [4, 3]  # of two channels each
+    for a, b in [(4, 3), (2, 3), (4, 1)]:
+        widths = np.array([a, b], float)
+        assert cost.macs(widths) == 3 * 2 * a * AREA + 9 * a * 2 * b * AREA + 2 * b * CLASSES
+        assert cost.params(widths) == 4 * 2 * a + 9 * a * 2 * b + 2 * b * CLASSES + CLASSES
+
+
+def test_a_grouped_convolution_of_many_groups_costs_what_is_left_of_them():
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, padding=1, groups=4), Head(12))
+    cost = cost_of(network)
+    assert cost.dense_widths.tolist() == [4]  # each reads 2 channels and writes 3
+    for a in (4, 3, 1):
+        widths = np.array([a], float)
+        assert cost.macs(widths) == 3 * 2 * a * AREA + 9 * 2 * 3 * a * AREA + 3 * a * CLASSES
+        assert cost.params(widths) == 4 * 2 * a + (9 * 2 + 1) * 3 * a + 3 * a * CLASSES + CLASSES
+
+
+def test_a_depthwise_convolution_with_a_multiplier():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, padding=1, groups=4), Head(8))
+    cost = cost_of(network)
+    for a in (4, 3, 1):
+        widths = np.array([a], float)
+        assert cost.macs(widths) == 3 * a * AREA + 9 * 2 * a * AREA + 2 * a * CLASSES
+        assert cost.params(widths) == 4 * a + 10 * 2 * a + 2 * a * CLASSES + CLASSES
+
+
+def test_a_grouped_transposed_convolution():
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 8, 2, stride=2, groups=2, bias=False), Head(8))
+    cost = cost_of(network)
+    assert cost.dense_widths.tolist() == [3, 4]
+    for a, b in [(3, 4), (2, 4), (3, 1), (1, 2)]:
+        widths = np.array([a, b], float)
+        assert cost.macs(widths) == 3 * 2 * a * AREA + 4 * 2 * a * b * AREA + 2 * b * CLASSES
+        assert cost.params(widths) == 4 * 2 * a + 4 * 2 * a * b + 2 * b * CLASSES + CLASSES
+
+
+def test_the_products_of_attention_follow_the_heads():
+    """4 heads of 2 channels; scores and mixing are positions x positions x channels each."""
+    network = randomised(FAMILIES["heads"]((6, 4, 5, 7), nn.ReLU), seed=0)
+    cost = cost_of(network)
+    assert cost.dense_widths.tolist() == [6, 4, 5, 7]
+    patches, tokens = AREA // 4, AREA // 4 + 1  # and the class token
+    for s, h, m, last in [(6, 4, 5, 7), (6, 1, 5, 7), (2, 3, 1, 7), (1, 1, 1, 1)]:
+        layers = 3 * s * 4 * patches + tokens * (4 * s * 2 * h + 2 * s * m) + s * last + last * CLASSES
+        assert cost.macs(np.array([s, h, m, last], float)) == layers + 2 * tokens * tokens * 2 * h
+        biases = s + 3 * 2 * h + s + m + s + last + CLASSES
+        weights = 12 * s + 4 * s * 2 * h + 2 * s * m + s * last + last * CLASSES
+        assert cost.params(np.array([s, h, m, last], float)) == weights + biases + s + tokens * s  # token, positions
 
 
 def test_what_is_not_in_a_group_is_a_constant():
@@ -102,14 +146,14 @@ class SelfProduct(nn.Module):
         return self.linear((x.transpose(1, 2) @ x).mean(1))
 
 
-def test_products_outside_the_layers_are_counted_as_when_dense():
+def test_products_outside_the_layers_follow_the_widths():
     network = SelfProduct()
-    group = ChannelGroup("conv", 6, (Member("conv", "out", tuple(range(6)), tuple(range(6))),))
+    (group,) = find_groups(network, example_input(SIDE)).groups[:1]
+    assert (group.root, group.width) == ("conv", 6)
     for batch in (1, 3):
         cost = build_cost_model(network, (group,), example=example_input(SIDE, batch=batch))
-        assert cost.other_macs == AREA * 6 * AREA
-        assert cost.macs(np.array([2.0])) == 3 * 2 * AREA + AREA * 6 * AREA + AREA * CLASSES
-    assert cost_of(nn.Sequential(*conv_norm(3, 4), nn.ReLU(), Head(4))).other_macs == 0
+        for a in (6, 2, 1):
+            assert cost.macs(np.array([a], float)) == 3 * a * AREA + AREA * a * AREA + AREA * CLASSES
 
 
 def test_a_computed_weight_costs_what_a_plain_one_does():
@@ -118,30 +162,31 @@ def test_a_computed_weight_costs_what_a_plain_one_does():
         weight_norm(nn.Conv2d(3, 4, 3, padding=1)), nn.ReLU(), weight_norm(nn.Conv2d(4, 5, 1)), Head(5)
     )
     cost = cost_of(network)
-    assert (cost.other_macs, cost.told) == (0, (True, True))
-    for a, b in [(4, 5), (0, 5), (4, 0)]:
-        assert cost.macs(np.array([a, b], float)) == 27 * a * AREA + a * b * AREA + b * CLASSES
+    assert cost.macs(cost.dense_widths) == 27 * 4 * AREA + 4 * 5 * AREA + 5 * CLASSES
     # direction, length and bias of each
     assert cost.params(cost.dense_widths) == (27 * 4 + 4 + 4) + (4 * 5 + 5 + 5) + 6 * CLASSES
 
 
 def test_tied_weights_cost_their_products_each_and_their_parameters_once():
-    a, b = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+    a, b = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
     b.weight = a.weight
-    cost = cost_of(nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), Head(3)))
-    assert cost.macs(cost.dense_widths) == 2 * 9 * AREA + 3 * CLASSES
-    assert cost.macs(np.array([3.0, 0.0])) == 9 * AREA  # without what b writes and the head reads
-    assert cost.params(cost.dense_widths) == 9 + 4 * CLASSES
+    cost = cost_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), a, nn.ReLU(), b, nn.ReLU(), Head(4)))
+    assert cost.dense_widths.tolist() == [4]  # one weight reads and writes the same channels, all one group
+    for width in (4, 3, 1):
+        widths = np.array([width], float)
+        assert cost.macs(widths) == (3 * width + 2 * width * width) * AREA + width * CLASSES
+        assert cost.params(widths) == 4 * width + width * width + width * CLASSES + CLASSES
 
 
-def test_a_network_of_one_layer_has_its_products_in_it():
-    group = ChannelGroup("", 4, (Member("", "out", tuple(range(4)), tuple(range(4))),))
+def test_a_network_of_one_layer():
+    (group,) = find_groups(nn.Conv2d(3, 4, 1), example_input(SIDE)).groups
+    assert (group.root, group.status) == ("weight", "excluded")
     cost = build_cost_model(nn.Conv2d(3, 4, 1), (group,), example=example_input(SIDE, batch=1))
-    assert (cost.macs(np.array([1.0])), cost.other_macs) == (3 * AREA, 0)
+    assert (cost.macs(np.array([1.0])), cost.params(np.array([1.0]))) == (3 * AREA, 4)
 
 
 class BareWeight(nn.Module):
-    """A convolution on a parameter of the network's own: whose products those are no layer tells. And a plain scale."""
+    """A convolution on a parameter of the network's own: a product of no layer. And a plain scale."""
 
     def __init__(self):
         super().__init__()
@@ -153,16 +198,45 @@ class BareWeight(nn.Module):
         return self.head(self.conv(x) * self.scale)
 
 
-def test_a_group_with_products_outside_its_layers_is_not_told():
-    def members(*places: tuple[str, Side], width: int) -> tuple[Member, ...]:
-        return tuple(Member(name, side, tuple(range(width)), tuple(range(width))) for name, side in places)
+def test_products_with_a_bare_parameter_are_counted():
+    cost = cost_of(BareWeight())
+    assert cost.dense_widths.tolist() == [6, 4, 5]  # of the bare weight, of the stem, of the convolution
+    for a, b, c in [(4, 6, 5), (2, 6, 5), (3, 2, 1)]:
+        widths = np.array([b, a, c], float)
+        assert cost.macs(widths) == (3 * a + a * b + b * c) * AREA + c * CLASSES
+        assert cost.params(widths) == 4 * a + a * b + (b + 1) * c + c + c * CLASSES + CLASSES
 
-    groups = (
-        ChannelGroup("stem", 4, members(("stem", "out"), ("weight", "both"), width=4)),
-        ChannelGroup("conv", 5, members(("conv", "out"), ("scale", "both"), ("head.linear", "in"), width=5)),
-    )
-    cost = build_cost_model(BareWeight(), groups, example=example_input(SIDE, batch=1))
-    assert (cost.other_macs, cost.told) == (4 * 6 * AREA, (False, True))
+
+class Recounted(nn.Module):
+    """A product of three lengths that all follow widths: queries of one group against keys of another, for each head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(3, 5, 1)
+        self.linear = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = (conv(x).flatten(2) for conv in (self.a, self.b, self.c))
+        mixed = (c @ a.transpose(1, 2)) @ (a @ b.transpose(1, 2))  # [n, 5, 4] @ [n, 4, 6]
+        return self.linear(mixed.mean(1))
+
+
+def test_of_three_lengths_in_one_product_the_third_counts_as_when_dense():
+    """Never less than the cut network costs, and right where it is whole."""
+    network = Recounted()
+    groups = find_groups(network, example_input(SIDE)).groups[:-1]
+    widths = {group.root: group.width for group in groups}
+    cost = build_cost_model(network, groups, example=example_input(SIDE, batch=1))
+
+    def macs(a: float, b: float, c: float) -> float:
+        return (3 * (a + b + c) + a * b + c * a) * AREA + c * a * b + b * CLASSES
+
+    assert widths == {"a": 4, "b": 6, "c": 5}
+    assert cost.macs(cost.dense_widths) == macs(4, 6, 5)
+    for few in [(4, 6, 2), (2, 6, 5), (4, 3, 5), (1, 1, 1)]:
+        columns = dict(zip("abc", few, strict=True))
+        told = cost.macs(np.array([columns[root] for root in widths], float))
+        assert macs(*few) <= told <= cost.macs(cost.dense_widths)
 
 
 def test_the_network_is_left_as_it_was():

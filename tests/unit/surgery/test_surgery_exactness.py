@@ -263,7 +263,10 @@ def test_a_network_that_was_cut_otherwise_gets_no_certificate():
         certify(network, small, groups, selection, canvas=image(0))
     message = str(caught.value)
     assert message.startswith("masked and pruned logits differ by ")
-    assert "of the largest on 3 real images and 2 random ones; expected at most 1e-06" in message and "please report it" in message
+    assert (
+        "of the largest on 3 real images and 2 random ones; expected at most 1e-06" in message
+        and "please report it" in message
+    )
 
 
 def test_logits_that_are_no_numbers_get_no_certificate():
