@@ -183,14 +183,16 @@ class Certificate:
 
     ``masked_vs_pruned`` is the largest relative difference of the logits on the real network with real images, in
     float64, ``masked_vs_pruned_random`` with random ones. Where approximate groups were cut, ``but_for_norms`` is the
-    larger of both with norms that take no statistics; otherwise None. ``replacements``: modules that were exchanged for
-    equal ones first. ``torch_vs_onnx``: one Parity for each exported form.
+    larger of both with norms that take no statistics; otherwise None. ``mask_effect`` is how far masking moves the logits
+    of the real images from the dense network's: near 0 the agreement would prove nothing. ``replacements``: modules that
+    were exchanged for equal ones first. ``torch_vs_onnx``: one Parity for each exported form.
     """
 
     masked_vs_pruned: float
     images: int
     masked_vs_pruned_random: float
     but_for_norms: float | None
+    mask_effect: float
     budget: str
     requested: float
     reached: float

@@ -187,6 +187,7 @@ def proofs(certificate: Certificate) -> Sheet:
         yield f"{budget} (what remains)", f"{certificate.reached:.4f}", f"at most {certificate.requested:g} requested"
         yield "masked against pruned, relative", tiny(certificate.masked_vs_pruned), agreement
         yield "the same, random input", tiny(certificate.masked_vs_pruned_random), "random images, float64"
+        yield "masked against dense, relative", significant(certificate.mask_effect), "what the agreement is about"
         if certificate.but_for_norms is not None:
             why = "approximate groups were cut; with norms that take no statistics masking and removal agree"
             yield "but for the norms' statistics", tiny(certificate.but_for_norms), why

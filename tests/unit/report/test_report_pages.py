@@ -88,7 +88,7 @@ def _certificate(groups: int, reason: str) -> Certificate:
     ]
     records.append(GroupRecord("head.gate", 64, 64, "excluded", reason, 0.72))
     parities = tuple(Parity(form, 43, (1, 3, 8), 3.1e-7, 1.0, 0.83) for form in ("float", "uint8"))
-    return Certificate(4.2e-15, 32, 3.1e-15, None, "macs_ratio", 0.5, 0.4873, tuple(records), {}, parities)
+    return Certificate(4.2e-15, 32, 3.1e-15, None, 0.31, "macs_ratio", 0.5, 0.4873, tuple(records), {}, parities)
 
 
 def _history(arms) -> tuple[EpochRecord, ...]:
