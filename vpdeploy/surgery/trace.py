@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,8 +46,8 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
 
     Where it leaves parameters out, one in training mode follows: auxiliary classifiers lose what they read, too.
 
-    Raises: SurgeryError when the forward fails, with the module that it fails in, and when values of the image decide what
-    runs.
+    Raises: SurgeryError when the forward fails, with the module that it fails in, when it gives something else than one
+    tensor, and when values of the image decide what runs.
     """
     twin = _with_own_buffers(twin_of(backbone))
     with modules_followed(twin, limit) as where:
@@ -60,8 +60,15 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
             raise
         except Exception as e:
             raise SurgeryError(
-                f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}"
+                f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
+                f"images {list(example.shape)} and nothing else"
             ) from e
+        if not isinstance(outputs, Tensor):
+            keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
+            raise SurgeryError(
+                f"network {type(backbone).__name__}: its forward gives a {type(outputs).__name__}{keys}; expected one tensor, "
+                "the logits: wrap it in a module that returns these alone"
+            )
         if watch.unseen:
             outputs = [outputs, _in_training(twin, watch, example)]
     for tensor in tree_leaves(outputs):
