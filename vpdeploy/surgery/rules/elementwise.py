@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from vpdeploy.surgery.labels import Labelled, hold_all, merge
 from vpdeploy.surgery.rules.call import Call, Rule
 
@@ -20,9 +18,11 @@ def _made(call: Call) -> Labelled:
 
 
 def _restrided(call: Call) -> Labelled:
-    """Another memory layout of the same elements; anything else is not known."""
-    dense = any(call.output.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
-    return call.first if dense and call.shape == call.first.shape else unknown(call)
+    """The same elements in the same places, as where only strides of axes of length 1 change; anything else is not known."""
+    before, after = call.args[0], call.output
+    same = before.shape == after.shape and before.storage_offset() == after.storage_offset()
+    same &= all(a == b or n == 1 for a, b, n in zip(before.stride(), after.stride(), after.shape, strict=False))
+    return call.first if same else unknown(call)
 
 
 def pointwise(call: Call) -> Labelled:

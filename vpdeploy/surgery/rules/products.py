@@ -131,6 +131,7 @@ def _whole_groups(
         stay(call.book, weight, [0], why)
         stay(call.book, x, [channel], why)
         return None, weight
+    stay(call.book, weight, [1], f"{call.place} keeps its groups as they are inside")
     rows, given = rows.reshape(groups, -1), given.reshape(groups, -1)
     for labels in (rows, given):
         call.book.join(labels, labels[:, :1])
