@@ -128,9 +128,12 @@ def _approximate(
             exact = [replace(g, status="excluded", reason="not exact together with the other groups") for g in exact]
     for group in exact:
         if group.status == "exact":
-            whole = _verdict(bench, [group], HALVES[0], control=ALIVE)
+            whole = _verdict(bench, [replace(group, difference=None)], HALVES[0], control=ALIVE)
             why = verdicts[group.root].reason
-            group = replace(group, status="approximate", reason=why, difference=whole.difference)
+            if whole.difference is None:  # the norm itself does not take the new width
+                group = replace(whole, reason=f"{why}; {whole.reason}")
+            else:
+                group = replace(group, status="approximate", reason=why, difference=whole.difference)
         verdicts[group.root] = group
     return verdicts
 
@@ -157,18 +160,16 @@ def _liveliest(
 
     With three channels behind a ReLU one draw in ten is dead from there on, and nothing could be probed.
     """
-    best: tuple[_Bench, list[ChannelGroup]] | None = None
-    fewest = len(candidates) + 1
+    dead: dict[int, int] = {}
     for seed in range(DRAWS):
         bench = _bench(backbone, shape, seed=seed, limit=limit)
         judged = _exclude_dead(bench, candidates)
-        dead = sum(group.status == "excluded" for group in judged)
-        if dead < fewest:
-            best, fewest = (bench, judged), dead
-        if fewest == 0:
-            break
-    assert best is not None
-    return best
+        dead[seed] = sum(group.status == "excluded" for group in judged)
+        if dead[seed] == 0:
+            return bench, judged
+        del bench  # a large network is in memory once in float64, not twice
+    bench = _bench(backbone, shape, seed=min(dead, key=lambda seed: dead[seed]), limit=limit)
+    return bench, _exclude_dead(bench, candidates)
 
 
 def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
