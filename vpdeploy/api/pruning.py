@@ -1,0 +1,234 @@
+"""Groups, one-shot pruning under a budget, and plans: made, kept as JSON, acted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vpdeploy import run_folder
+from vpdeploy.errors import BudgetError, ModelError, SurgeryError
+from vpdeploy.models.attention.replace import replace_attention
+from vpdeploy.models.plain import plain
+from vpdeploy.recipe.tables import BUDGETS
+from vpdeploy.scoring.criteria.magnitude import magnitude
+from vpdeploy.scoring.select import Selector, build_selector, select
+from vpdeploy.surgery import groups as finder
+from vpdeploy.surgery.certificate import certify
+from vpdeploy.surgery.cost import build_cost_model
+from vpdeploy.surgery.cut import cut as cut_network
+from vpdeploy.surgery.exactness import probe
+from vpdeploy.surgery.limit import Limit
+from vpdeploy.surgery.plan import plan as plan_cuts
+from vpdeploy.surgery.trace import told, twin_of
+from vpdeploy.values import Certificate, ChannelGroups, PrunePlan
+
+Scores = Literal["magnitude", "random"] | Mapping[str, Tensor]
+SHOWN = 5  # problems of one kind in a message
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may remain: ``ratio`` of the dense ``kind`` ("macs_ratio", "params_ratio" or "channel_ratio"), at most 1.
+
+    Layers keep multiples of ``round_to`` channels; no group loses more than ``max_removal`` of its own.
+
+    Raises: BudgetError listing what is out of range.
+    """
+
+    ratio: float = 0.5
+    kind: str = "macs_ratio"
+    round_to: int = 8
+    max_removal: float = 0.9
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.ratio <= 1:
+            problems.append(f"ratio: got {self.ratio!r}; expected what may remain, above 0 and at most 1")
+        if self.kind not in BUDGETS:
+            problems.append(f"kind: got {self.kind!r}; expected one of {', '.join(BUDGETS)}")
+        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+            problems.append(f"round_to: got {self.round_to!r}; expected a whole number from 1")
+        if not 0 < self.max_removal < 1:
+            problems.append(f"max_removal: got {self.max_removal!r}; expected a share between 0 and 1")
+        if problems:
+            raise BudgetError(f"budget: {'; '.join(problems)}")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """``model``: the smaller network, its weights selected from the given one's and not tuned yet."""
+
+    model: nn.Module
+    plan: PrunePlan
+    certificate: Certificate
+
+
+def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """``model`` out of its wrappers and with equal attention of which whole heads can be removed, and what was replaced.
+
+    Raises: ModelError for what would be cut without effect: compiled or scripted parts, weights computed by hooks.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
+    network = plain(model, where="model")
+    if next(network.parameters(), None) is None:
+        raise ModelError(
+            f"model: {type(network).__name__} has no parameters; expected a network with weights to remove"
+        )
+    return replace_attention(network)
+
+
+def find_groups(
+    model: nn.Module, example: Tensor, *, allow_approximate: bool = False, limit: Limit | None = None
+) -> ChannelGroups:
+    """Every channel group of ``model`` with its status: exact, approximate or excluded, each with the reason.
+
+    example: [n, c, h, w], of which one image is looked at. Names are those of the network that ``prepare`` gives.
+
+    Raises: ModelError, SurgeryError for what cannot be analysed; LimitError past ``limit``.
+    """
+    network, _ = prepare(model)
+    return _groups(network, _images(example), allow_approximate=allow_approximate, limit=limit)
+
+
+def _groups(network: nn.Module, example: Tensor, *, allow_approximate: bool, limit: Limit | None) -> ChannelGroups:
+    one, limit = example[:1].detach().to("cpu", torch.float32), limit or Limit()
+    found = finder.find_groups(network, one, limit=limit)
+    return probe(network, found, example=one, allow_approximate=allow_approximate, limit=limit)
+
+
+def _images(example: Any) -> Tensor:
+    """``example``, seen to be a batch of images."""
+    if not isinstance(example, Tensor):
+        got = f"a {type(example).__name__}"
+    elif example.ndim != 4 or example.numel() == 0 or not example.is_floating_point():
+        got = f"{list(example.shape)} of {str(example.dtype).removeprefix('torch.')}"
+    elif not bool(example.isfinite().all()):
+        got = "values that are not finite"
+    else:
+        return example
+    raise ModelError(f"example: got {got}; expected images as the model takes them: a float tensor [n, c, h, w]")
+
+
+def prune_once(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    macs_ratio: float = 0.5,
+    scores: Scores = "magnitude",
+    round_to: int = 8,
+    seed: int = 0,
+    max_removal: float = 0.9,
+    allow_approximate: bool = False,
+    limit: Limit | None = None,
+) -> PruneResult:
+    """Remove the channels with the lowest scores until ``macs_ratio`` of the multiply-accumulates remain; nothing is trained.
+
+    example: [n, c, h, w], images if you have them: the certificate compares masked and pruned on them. scores: "magnitude"
+    (group norms), "random" (by ``seed``), or group root -> [width], higher stays.
+
+    Raises: BudgetError with the best reachable ratio; ModelError, SurgeryError for what cannot be pruned or proved;
+    LimitError past ``limit``.
+    """
+    budget = Budget(macs_ratio, round_to=round_to, max_removal=max_removal)
+    network, replacements = prepare(model)
+    groups = _groups(network, _images(example), allow_approximate=allow_approximate, limit=limit)
+    selector = selector_of(network, groups, budget)
+    selection = select(selector, scores_of(scores, network, groups, seed=seed))
+    plan = plan_cuts(network, groups.prunable, selection.mask, replacements=replacements)
+    pruned = cut_network(network, plan)
+    certificate = certify(network, pruned, groups, selection, canvas=example)
+    return PruneResult(pruned, plan, replace(certificate, replacements=replacements))
+
+
+def selector_of(network: nn.Module, groups: ChannelGroups, budget: Budget) -> Selector:
+    """Selection among the prunable ``groups`` of ``network`` under ``budget``.
+
+    Raises: BudgetError with the best reachable ratio, or with why there is no group to prune.
+    """
+    if not groups.prunable:
+        reasons = [f"{group.root}: {group.reason}" for group in groups.groups]
+        raise BudgetError(
+            f"budget.{budget.kind}: got {budget.ratio:g}, but nothing can be removed from {type(network).__name__}: "
+            f"{_listed(reasons) or 'no layer writes channels that another reads'}"
+        )
+    return build_selector(
+        groups.prunable,
+        build_cost_model(network, groups.prunable, example=torch.zeros(1, *groups.shape)),
+        budget=budget.kind,
+        ratio=budget.ratio,
+        round_to=budget.round_to,
+        max_removal=budget.max_removal,
+    )
+
+
+def _listed(problems: list[str]) -> str:
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{'; '.join(problems[:SHOWN])}{more}"
+
+
+def scores_of(scores: Scores, network: nn.Module, groups: ChannelGroups, *, seed: int) -> dict[str, np.ndarray]:
+    """One score for every channel of every prunable group: root -> [width] float64.
+
+    Raises: SurgeryError listing what does not fit.
+    """
+    if isinstance(scores, str):
+        if scores not in ("magnitude", "random"):
+            raise SurgeryError(
+                f"scores: got {scores!r}; expected 'magnitude', 'random' or a mapping of group root to tensor"
+            )
+        if scores == "magnitude":
+            scores = magnitude(network, groups.prunable)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            scores = {group.root: torch.rand(group.width, generator=generator) for group in groups.prunable}
+    scores = {root: torch.as_tensor(given) for root, given in scores.items()}
+    problems = []
+    for group in groups.prunable:
+        given = scores.get(group.root)
+        if given is None:
+            problems.append(f"{group.root} is missing")
+        elif tuple(given.shape) != (group.width,):
+            problems.append(f"{group.root} is {list(given.shape)}, expected [{group.width}]")
+        elif not bool(given.isfinite().all()):
+            problems.append(f"{group.root} is not finite")
+    unknown = sorted(set(scores) - {group.root for group in groups.prunable})
+    problems += [f"{root} is no group that can be pruned" for root in unknown]
+    if problems:
+        raise SurgeryError(
+            f"scores: {_listed(problems)}; expected one finite score for each channel of each prunable group: "
+            "find_groups(model, example).prunable has their roots and widths"
+        )
+    return {group.root: scores[group.root].detach().double().cpu().numpy() for group in groups.prunable}
+
+
+def cut(model: nn.Module, plan: PrunePlan, example: Tensor) -> nn.Module:
+    """``model`` with only what ``plan`` keeps, run once on ``example`` [n, c, h, w] to see that it does.
+
+    Raises: ModelError, SurgeryError when the plan was made for another network, or the smaller one does not run.
+    """
+    pruned = cut_network(plain(model, where="model"), plan)
+    like = next(pruned.parameters())
+    x = _images(example).to(like.device, like.dtype)
+    try:
+        with torch.no_grad():
+            twin_of(pruned)(x)
+    except Exception as e:
+        raise SurgeryError(f"the network that the plan leaves does not run on {list(example.shape)}: {told(e)}") from e
+    return pruned
+
+
+def save_plan(plan: PrunePlan, path: Path | str) -> None:
+    """Write ``plan`` as JSON."""
+    run_folder.write_value(Path(path), plan)
+
+
+def load_plan(path: Path | str) -> PrunePlan:
+    """Raises: RunFolderError when the file is missing, damaged or no plan."""
+    return run_folder.read_value(Path(path), PrunePlan)
