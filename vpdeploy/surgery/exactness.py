@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +16,7 @@ from vpdeploy.surgery.groups import offsets
 from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.plan import plan
+from vpdeploy.surgery.rules.views import BY_NUMBER
 from vpdeploy.surgery.trace import in_module, modules_followed, on_cpu, told, trace, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
@@ -104,6 +105,12 @@ def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float
             together = _verdict(place, standing, half, control=_control(standing, candidates, control))
             doubted |= together.status != "exact"
             verdicts |= {group.root: group for group in _judge(place, standing, half, together)}
+    for roots in _apart([group.root for group in candidates if BY_NUMBER in group.reason]):
+        standing = [verdicts[root] for root in roots if verdicts[root].status != "excluded"]
+        if standing:
+            together = _verdict(small, standing, _one_left, control=ALIVE)
+            doubted |= together.status != "exact"
+            verdicts |= {group.root: group for group in _judge(small, standing, _one_left, together)}
     accepted = [group for group in verdicts.values() if group.status != "excluded"]
     if doubted and accepted:
         for place, half in probes:
@@ -112,6 +119,13 @@ def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float
                 reason = f"together with others {together.reason}"
                 verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
     return verdicts
+
+
+def _apart(roots: Sequence[str]) -> Iterator[list[str]]:
+    """Sets of ``roots``: of any two of them each is in one without the other."""
+    for bit in range(max(1, (len(roots) - 1).bit_length())):
+        for value in (0, 1):
+            yield [root for number, root in enumerate(roots) if number >> bit & 1 == value]
 
 
 def _approximate(
@@ -290,10 +304,16 @@ def _last_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
     return ChannelMask({g.root: tuple(c >= g.width - kept[g.root] for c in range(g.width)) for g in groups})
 
 
+def _one_left(groups: Sequence[ChannelGroup]) -> ChannelMask:
+    """What tells apart code that takes shares of an axis: its groups must not need to lose as many as each other."""
+    return ChannelMask({g.root: tuple(c == g.width - 1 for c in range(g.width)) for g in groups})
+
+
 # A random half of a few channels may be its own mirror image, or take as much from each part of a grouped convolution,
 # and such a group would pass (8 channels and a flip did). No flip or roll leaves the last part as it is, and no grouping
 # can share it out evenly: it fails there whatever the weights, even where the channel that would differ is dead behind a ReLU.
 # Groups lose different shares: code that splits an axis in two works as long as both of its groups lose the same number.
+# In narrow groups different shares are equal numbers: where a slice was taken, ``_one_left`` sees to it.
 HALVES: tuple[Half, ...] = (_random_part, _last_part)
 
 

@@ -89,9 +89,12 @@ class LabelBook:
         """Statistics are taken over these channels: without some of them the others change."""
         self._said["normalised"].append((labels.ravel(), why))
 
-    def suspect(self, labels: Ints, why: str) -> None:
-        """Code with sizes or positions of its own handles these channels: if removal fails, this is probably why."""
-        self._said["suspect"].append((labels.ravel(), why))
+    def suspect(self, labels: Ints, why: str, *, first: bool = False) -> None:
+        """Code with sizes or positions of its own handles these channels: if removal fails, this is probably why. ``first``:
+        told before what else is suspected of them.
+        """
+        said = self._said["suspect"]
+        said.insert(0 if first else len(said), (labels.ravel(), why))
 
     def components(self) -> Components:
         of = _components(self.count, self._joins)

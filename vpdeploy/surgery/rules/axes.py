@@ -18,8 +18,6 @@ def taken(call: Call, x: Labelled, axis: int, places: Ints) -> Labelled:
     f = x.field(axis)
     if f is None or (len(places) == x.shape[axis] and bool((np.diff(places) == 1).all())):
         return Labelled(shape, x.fields, x.constant)
-    if f.covered == (axis,):
-        call.book.suspect(f.labels, f"{call.place} takes {len(places)} of its {x.shape[axis]} channels by number")
     part = replace(f, labels=f.labels.take(places, axis=axis))
     return Labelled(shape, tuple(part if g is f else g for g in x.fields), x.constant)
 

@@ -32,10 +32,18 @@ def _expand(call: Call) -> Labelled:
     return merge(call.book, call.first, Labelled((1,) * len(call.shape)), "")
 
 
+BY_NUMBER = "channels by number"  # in a reason: a slice was taken, whose length may follow what is left
+
+
 def _slice(call: Call) -> Labelled:
-    x, axis = call.first, call.arg("dim")
+    x, axis = call.first, call.arg("dim") % len(call.first.shape)
     start, end, step = call.arg("start"), call.arg("end"), call.arg("step")
-    return taken(call, x, axis, np.arange(x.shape[axis])[slice(start, end, step)])
+    places = np.arange(x.shape[axis])[slice(start, end, step)]
+    f = x.field(axis)
+    if f is not None and f.covered == (axis,) and len(places) < x.shape[axis]:
+        why = f"{call.place} takes {len(places)} of its {x.shape[axis]} {BY_NUMBER}"
+        call.book.suspect(f.labels, why, first=True)
+    return taken(call, x, axis, places)
 
 
 def _select(call: Call) -> Labelled:
