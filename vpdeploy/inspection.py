@@ -89,7 +89,7 @@ def inspect_model(name: str, *, size: int | None = None) -> Inspection:
 def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budget: BudgetTable) -> Inspection:
     began = time.perf_counter()
     check_forward(backbone, canvas_size=size, classes=classes)
-    backbone, replaced = replace_attention(backbone)
+    backbone, replaced = replace_attention(backbone, share=True)
     example = example_input(size, batch=1)
     found = find_groups(backbone, example)
     groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def build(
     if head == "replace":
         generator = torch.Generator().manual_seed(seed)
         backbone = replace_classifier(backbone, classifier, classes, generator=generator)
-    backbone, replacements = replace_attention(backbone)
+    backbone, replacements = replace_attention(backbone, share=True)
     return Built(backbone, head, classifier, count, replacements)
 
 
@@ -194,7 +194,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     _takes_images(backbone)
     image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
-        model = copy.deepcopy(backbone).eval()
+        model = _copied(backbone).eval()
     except Exception as e:
         raise ModelError(
             f"model.name: {name} cannot be copied: {type(e).__name__}: {e}; expected a network of plain "
@@ -211,15 +211,24 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     if (problem := not_logits(logits, classes=classes)) is not None:
         raise ModelError(f"model.name: {name} gave {problem}")
     with torch.no_grad(), seeded(0), suppress(Exception):  # where meta tensors do not do, training has the last word
-        logits = model.to("meta").train()(image.to("meta"))
+        logits = _copied(backbone, device="meta").train()(image.to("meta"))
     if (problem := not_logits(logits, classes=classes)) is not None:
         raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
+
+
+def _copied(network: nn.Module, *, device: str | None = None) -> nn.Module:
+    """A copy that shares the tensors of ``network``, or has none of their values: on the meta ``device``."""
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        empty = tensor if device is None else torch.empty_like(tensor, device=device, requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, False) if device and isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, memo)
 
 
 def _on_meta_or_here(model: nn.Module, image: Tensor) -> object:
     """What ``model`` gives, in shape and type."""
     try:
-        return copy.deepcopy(model).to("meta")(image.to("meta"))
+        return _copied(model, device="meta")(image.to("meta"))
     except Exception:  # wrong, or in need of real numbers: these tell
         return model(image)
 

@@ -319,7 +319,7 @@ HALVES: tuple[Half, ...] = (_random_part, _last_part)
 
 def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Limit) -> _Bench:
     """At the smallest square that runs, or at ``shape`` [c, h, w]."""
-    redrawn = redraw(twin_of(backbone, lambda tensor: on_cpu(torch.float64)(tensor.clone())), seed=seed)
+    redrawn = redraw(twin_of(backbone, _anew), seed=seed)
     channels, *sides = shape
     failure: Exception | None = None
     for size in [*((s, s) for s in SIDES if s < min(sides)), sides]:
@@ -339,6 +339,11 @@ def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Lim
     ) from failure
 
 
+def _anew(tensor: Tensor) -> Tensor:
+    """On the CPU, in float64 if it is floating, and never the tensor itself."""
+    return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
 def _noise(batch: int, shape: Sequence[int]) -> Tensor:
     return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -352,7 +357,7 @@ def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
     for tensor in network.parameters():
         fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
         scale = fan_in**-0.5 * (2**0.5 if tensor.ndim > 1 else 0.5)
-        tensor.data = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * scale
+        tensor.data.normal_(generator=generator).mul_(scale)  # in place: one layer may hold most of a network
         if tensor.ndim <= 1:
             tensor.data += 0.5  # scales stay away from 0, shifts from symmetry
     for name, tensor in network.named_buffers():

@@ -15,14 +15,15 @@ from vpdeploy.models.attention.multihead import MultiheadAttention
 PREFIX = "heads:"
 
 
-def replace_attention(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+def replace_attention(network: nn.Module, *, share: bool = False) -> tuple[nn.Module, dict[str, str]]:
     """A network equal to ``network`` with all attention replaced that can be, and {module name: what replaced it}.
 
+    With ``share`` the tensors outside attention are those of ``network``, not copies: a large one is not in memory twice.
     ``network`` is not changed; where nothing is replaced, it is itself what is returned. Names stay; dtype, device, mode,
     memory format and requires_grad too. What is held in several places is replaced once, under its first name.
     """
     chosen = {name: (module, known) for name, module, known, reason in _attentions(network) if reason is None}
-    return _exchange(network, chosen), {name: PREFIX + known.path for name, (_, known) in chosen.items()}
+    return _exchange(network, chosen, share=share), {name: PREFIX + known.path for name, (_, known) in chosen.items()}
 
 
 def unreplaced(network: nn.Module) -> dict[str, str]:
@@ -56,13 +57,15 @@ def _attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module, Known, str
             yield name, module, known, why_not(module, known, holders)
 
 
-def _exchange(network: nn.Module, chosen: Mapping[str, tuple[nn.Module, Known]]) -> nn.Module:
+def _exchange(network: nn.Module, chosen: Mapping[str, tuple[nn.Module, Known]], *, share: bool = False) -> nn.Module:
     """A copy of ``network`` with the equals of the chosen modules in their places."""
     if not chosen:
         return network
     # deepcopy takes what its memo holds for the copy. So no replaced module is ever copied, and whatever the network
     # holds in several places, module or parameter, is one in the copy too.
     memo: dict[int, Any] = {}
+    if share:
+        memo = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     for module, known in chosen.values():
         new = known.build(module, lambda part: copy.deepcopy(part, memo))
         copies = {id(copied) for copied in memo.values()}
