@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from vpdeploy.scoring.select import allowed_widths
 from vpdeploy.surgery.cost import CostModel, build_cost_model
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.limit import Limit
 from vpdeploy.values import ChannelGroup, ChannelGroups
 
 
@@ -41,7 +42,7 @@ class InspectedGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Ratios are what remains, at most 1, at the narrowest widths that the budget table allows.
+    """Ratios are what remains, at most 1, with every exact group at the narrowest width that the budget table allows.
 
     ``attention``: modules exchanged for equal ones whose heads can be removed, and those that could not be, with the reason.
     ``peak_rss_mib``: of the whole process; None where the system does not tell.
@@ -65,13 +66,14 @@ class Inspection:
 def inspect_recipe(recipe: Recipe) -> Inspection:
     """Group and probe the recipe's network; nothing is trained, no image is decoded.
 
-    Raises: DataError, ModelError, SurgeryError for what cannot be analysed.
+    Raises: DataError, ModelError, SurgeryError for what cannot be analysed; LimitError for what takes too much.
     """
     source = open_source(recipe.data, seed=recipe.seed)
     built = build(recipe.model, classes=len(source.classes), seed=recipe.seed)
     outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
     size = recipe.input.canvas
-    return _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
+    found = _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
+    return replace(found, attention={**built.replacements, **found.attention})
 
 
 def inspect_model(name: str, *, size: int | None = None) -> Inspection:
@@ -79,7 +81,7 @@ def inspect_model(name: str, *, size: int | None = None) -> Inspection:
 
     ``size``: side of its input, pixels; None: what the network was published for.
 
-    Raises: ModelError, SurgeryError for what cannot be analysed.
+    Raises: ModelError, SurgeryError for what cannot be analysed; LimitError for what takes too much.
     """
     named = model_from(name)
     side = size or named.input.image_size
@@ -90,12 +92,13 @@ def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budge
     began = time.perf_counter()
     check_forward(backbone, canvas_size=size, classes=classes)
     backbone, replaced = replace_attention(backbone, share=True)
-    example = example_input(size, batch=1)
-    found = find_groups(backbone, example)
-    groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate)
+    example, limit = example_input(size, batch=1), Limit()
+    found = find_groups(backbone, example, limit=limit)
+    groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate, limit=limit)
     cost = build_cost_model(backbone, groups.groups, example=example)
     narrowest = np.array([_narrowest(group, budget) for group in groups.groups], float)
     dense = cost.dense_widths
+    exact = np.where([group.status == "exact" for group in groups.groups], narrowest, dense)
     return Inspection(
         model=name,
         size=size,
@@ -103,8 +106,8 @@ def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budge
         params=sum(p.numel() for p in backbone.parameters()),
         groups=tuple(_rows(groups, cost, narrowest)),
         attention={**replaced, **unreplaced(backbone)},
-        min_macs_ratio_exact=cost.macs(narrowest) / cost.macs(dense),
-        min_params_ratio_exact=cost.params(narrowest) / cost.params(dense),
+        min_macs_ratio_exact=cost.macs(exact) / cost.macs(dense),
+        min_params_ratio_exact=cost.params(exact) / cost.params(dense),
         seconds=time.perf_counter() - began,
         peak_rss_mib=peak_rss_mib(),
     )

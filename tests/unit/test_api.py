@@ -542,7 +542,12 @@ def test_the_mask_follows_the_scores_and_stays_under_the_budget():
 
 def test_groups_of_another_network_are_told():
     groups = vpdeploy.find_groups(made(Small), EXAMPLE)
-    for other in (Attending, lambda: Small(second=True), tiny.network):
+    for other in (
+        Attending,
+        lambda: Small(second=True),
+        tiny.network,
+        lambda: vpdeploy.prune_once(Small(), EXAMPLE).model,
+    ):
         with pytest.raises(SurgeryError, match="groups: not those of this .*; expected what find_groups"):
             vpdeploy.gated(made(other), groups)
 
