@@ -26,6 +26,7 @@ DRAWS = 4  # of random weights, at most, until no group is dead
 ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
 APPROXIMATE = "removal is approximate: budget.allow_approximate = true takes it, and tells the difference"
 LARGE = 128  # pixels; from there on one image is probed
+HEAVY = 10**8  # parameters; beyond, memory is short before time
 Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
 
@@ -211,12 +212,15 @@ def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[Channel
 
 def _slopes(bench: _Bench, groups: Sequence[ChannelGroup]) -> Tensor:
     """How fast a mixture of the logits changes along each gate, relative: [channels]; 0 where that cannot be told."""
-    gates = torch.ones(sum(group.width for group in groups), requires_grad=True)
-    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0))
-    try:  # in float32, in half the time and memory: what is dead has no slope at all
+    entries = sum(parameter.numel() for parameter in bench.redrawn.parameters())
+    # A large input takes half the time in float32, where what is dead has no slope either, but another copy.
+    dtype = torch.float32 if bench.x.shape[-1] >= LARGE and entries <= HEAVY else torch.float64
+    gates = torch.ones(sum(group.width for group in groups), dtype=dtype, requires_grad=True)
+    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    try:
         with torch.enable_grad():
-            gated = Gated(twin_of(bench.redrawn, on_cpu(torch.float32)), groups)
-            (slopes,) = torch.autograd.grad((gated(bench.x.float(), gates) * mixture).sum(), [gates])
+            gated = Gated(twin_of(bench.redrawn, on_cpu(dtype)), groups)
+            (slopes,) = torch.autograd.grad((gated(bench.x.to(dtype), gates) * mixture).sum(), [gates])
     except Exception:  # a group that cannot be gated, no gradient, tensors changed in place: forwards decide
         return torch.zeros_like(gates)
     return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
