@@ -24,7 +24,7 @@ from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector, build_selector, select
 from vpdeploy.shipping import export_arms, measure_arms, try_export
 from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
-from vpdeploy.surgery.certificate import certify
+from vpdeploy.surgery.certificate import certify, enough_images
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
@@ -197,7 +197,8 @@ def planned(
             cut_plan = plan(source, groups.prunable, selection.mask, replacements=work.built.replacements)
             smaller = cut(source, cut_plan)
             _check_budget(smaller, source, recipe=work.recipe)
-            images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=CERTIFICATE_IMAGES)
+            count = enough_images(selector.cost.macs(selector.cost.dense_widths), at_most=CERTIFICATE_IMAGES)
+            images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
             certificate = certify(source, smaller, groups, selection, canvas=images)
             certificate = replace(certificate, replacements=work.built.replacements)
             run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)

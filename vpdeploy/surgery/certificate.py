@@ -30,16 +30,15 @@ def masked_vs_pruned(
         return relative_difference(masked, small(x))
 
 
-def _mask_effect(backbone: nn.Module, groups: Sequence[ChannelGroup], mask: ChannelMask, *, canvas: Tensor) -> float:
-    """How far masking moves the logits from the dense network's, relative: agreement of what it does not move is empty."""
-    gated, x = Gated(twin_of(backbone, on_cpu(torch.float64)), groups), canvas.detach().cpu().double()
-    row = mask_row(groups, mask, dtype=torch.float64)
-    with torch.no_grad():
-        return relative_difference(gated(x, torch.ones_like(row)), gated(x, row))
-
-
 AGREEMENT = 1e-6  # float64, real weights: 1e-16 to 1e-12 was measured; more means that something else was computed
 RANDOM_IMAGES = 2
+EFFECT_IMAGES = 2  # on which the dense network runs, too
+PRODUCTS = 4 * 10**10  # of the dense network on all real images: a few seconds in float64 on two cores
+
+
+def enough_images(macs: float, *, at_most: int) -> int:
+    """On how many real images a network of ``macs`` is certified: fewer for a large one, at least 2."""
+    return max(2, min(at_most, int(PRODUCTS / max(macs, 1))))
 
 
 def certify(
@@ -50,39 +49,35 @@ def certify(
     Raises: SurgeryError when nothing was removed, or when masking and removal do not give the same logits; where
     approximate groups were cut, when they do not with norms that take no statistics.
     """
-    mask, widths = selection.mask, selection.mask.widths()
+    widths = selection.mask.widths()
     records = tuple(
         GroupRecord(g.root, g.width, widths.get(g.root, g.width), g.status, g.reason, g.difference)
         for g in groups.groups
     )
     if selection.requested < 1 and all(record.kept == record.width for record in records):
         raise SurgeryError(f"nothing was removed, though budget.{selection.budget} is {selection.requested:g}")
-    noise = torch.randn((RANDOM_IMAGES, *canvas.shape[1:]), generator=torch.Generator().manual_seed(0))
+    gated = Gated(twin_of(source, on_cpu(torch.float64)), groups.prunable)
+    small = twin_of(pruned, on_cpu(torch.float64))
+    row = mask_row(groups.prunable, selection.mask, dtype=torch.float64)
+    real = canvas.detach().to("cpu", torch.float64)
+    noise = torch.randn((RANDOM_IMAGES, *real.shape[1:]), generator=torch.Generator().manual_seed(0)).double()
 
-    def differences() -> tuple[float, float]:
-        return tuple(masked_vs_pruned(source, pruned, groups.prunable, mask, canvas=x) for x in (canvas, noise))  # type: ignore[return-value]
+    def difference(x: Tensor) -> float:
+        return relative_difference(gated(x, row), small(x))
 
-    real, random = differences()
-    but_for_norms = None
-    if any(record.status == "approximate" and record.kept < record.width for record in records):
-        with norms_without_statistics():
-            but_for_norms = max(differences())
-    agreement = max(real, random) if but_for_norms is None else but_for_norms
+    with torch.no_grad():
+        on_real, on_noise, but_for_norms = difference(real), difference(noise), None
+        few = real[:EFFECT_IMAGES]
+        effect = relative_difference(gated(few, torch.ones_like(row)), gated(few, row))
+        if any(record.status == "approximate" and record.kept < record.width for record in records):
+            with norms_without_statistics():
+                but_for_norms = max(difference(few), difference(noise))
+    agreement = max(on_real, on_noise) if but_for_norms is None else but_for_norms
     if not agreement <= AGREEMENT:
         raise SurgeryError(
-            f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(canvas)} real images and "
+            f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(real)} real images and "
             f"{RANDOM_IMAGES} random ones; expected at most {AGREEMENT:g}: removal is not exact for this network, please "
             "report it with the recipe"
         )
-    effect = _mask_effect(source, groups.prunable, mask, canvas=canvas)
-    return Certificate(
-        real,
-        len(canvas),
-        random,
-        but_for_norms,
-        effect,
-        selection.budget,
-        selection.requested,
-        selection.reached,
-        records,
-    )
+    budget = (selection.budget, selection.requested, selection.reached)
+    return Certificate(on_real, len(real), on_noise, but_for_norms, effect, *budget, records)
