@@ -1,6 +1,7 @@
 """Every classifier of torchvision, and a choice of timm's: analysed, cut at half the MACs by exact groups, exported, compared.
 
-Random weights, with zero heads and zero scales redrawn and norm statistics taken from pictures, so that parity means something.
+Random weights, with zero heads and zero scales redrawn and norm statistics taken from pictures before and after the cut, so that
+parity means something.
 Each network gets processes of its own; what is done is kept in the JSON file and not done again.
 
     uv run python benchmarks/architectures.py [NAME...] [--part inspect] [--again] [--results docs/results/architectures.json]
@@ -43,8 +44,11 @@ def every_name() -> list[str]:
 # --- in a process of its own ------------------------------------------------------------------------------------------------
 
 
-def cut_one(name: str) -> dict[str, Any]:
-    """Cut at RATIO (or FALLBACK, where that is out of reach), export, compare; the proofs are float64 and ONNX Runtime's."""
+def cut_one(name: str, *, size: int | None = None) -> dict[str, Any]:
+    """Cut at RATIO (or FALLBACK, where that is out of reach), export, compare; the proofs are float64 and ONNX Runtime's.
+
+    ``size``: of the input, pixels; None: the network's own.
+    """
     import numpy as np
     import torch
 
@@ -54,11 +58,12 @@ def cut_one(name: str) -> dict[str, Any]:
     from vpdeploy.models.named import model_from
 
     named = model_from(name)
-    side = named.input.image_size
+    side = size or named.input.image_size
     pictures = made_up_pictures(side)
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     images = (images - torch.tensor(named.input.mean)[:, None, None]) / torch.tensor(named.input.std)[:, None, None]
-    enliven(named.backbone, images[:8])
+    enliven(named.backbone)
+    settle(named.backbone, images[:8], classifier=named.classifier)
     example = images[:2]
     try:
         try:
@@ -66,6 +71,7 @@ def cut_one(name: str) -> dict[str, Any]:
         except BudgetError:
             result, asked = vpdeploy.prune_once(named.backbone, example, macs_ratio=FALLBACK), FALLBACK
         proved = result.certificate
+        settle(result.model, images[:8], classifier=named.classifier)
         with tempfile.TemporaryDirectory() as folder:
             spec = vpdeploy.ExportSpec(
                 [str(i) for i in range(named.classes)], side, mean=named.input.mean, std=named.input.std, form="float"
@@ -77,6 +83,7 @@ def cut_one(name: str) -> dict[str, Any]:
         "asked": asked,
         "reached": proved.reached,
         "masked_vs_pruned": max(proved.masked_vs_pruned, proved.masked_vs_pruned_random),
+        "mask_effect": proved.mask_effect,
         "torch_vs_onnx": parity.relative_error,
         "logit_spread": parity.logit_spread,
         "params_ratio": count(result.model) / count(named.backbone),
@@ -87,11 +94,9 @@ def count(network: Any) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def enliven(network: Any, images: Any) -> None:
-    """No weight is zero, no scale tiny, and norm statistics are those of ``images``: logits that tell pictures apart."""
+def enliven(network: Any) -> None:
+    """No weight is zero and no scale tiny."""
     import torch
-    from torch import nn
-    from torch.nn.modules.batchnorm import _BatchNorm
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -100,17 +105,28 @@ def enliven(network: Any, images: Any) -> None:
             if parameter.ndim > 1 and float(parameter.abs().max()) < 1e-3:
                 fan_in = parameter[0].numel() if parameter.ndim == 2 else 16
                 parameter.copy_(noise * max(fan_in, 1) ** -0.5)  # a zero head; a layer scale
-            elif parameter.ndim == 1:
-                parameter.copy_((0.5 if float(parameter.abs().max()) < 1e-3 else parameter) + 0.1 * noise)
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, _ = None, norm.train()
-        if norms:
-            network(images)
-        for norm in norms:
-            norm.momentum, _ = 0.1, norm.eval()
-    assert not any(isinstance(module, nn.Dropout) and module.training for module in network.modules())
+            elif parameter.ndim == 1 and bool((parameter == parameter[0]).all()):  # scales and shifts as they are made
+                parameter.add_(0.1 * noise if float(parameter[0]) else 0.02 * noise)
+
+
+def settle(network: Any, images: Any, *, classifier: str) -> None:
+    """Norm statistics of ``images``; without such norms, logits whose mean over ``images`` the classifier's bias takes away:
+    a random network would give all pictures nearly the same.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, _ = None, norm.train()
+    with torch.no_grad():
+        logits = network(images)
+        bias = network.get_submodule(classifier).bias
+        if bias is not None and not norms:
+            bias.sub_(logits.mean(dim=0))
+    for norm in norms:
+        norm.momentum, _ = 0.1, norm.eval()
 
 
 # --- around them ------------------------------------------------------------------------------------------------------------
@@ -174,8 +190,8 @@ def page(results: Mapping[str, Any]) -> str:
 HEAD = """
 Generated by `uv run python benchmarks/architectures.py` and `... --page docs/architectures.md`. Every network at its own input
 size, with random weights. Analysis is what `vpdeploy inspect NAME --json` says: seconds to find and probe all groups, and the
-peak memory of its process. Then the cheapest channels by group magnitude are removed until half of the MACs remain, by exact groups
-alone; masked against pruned in float64 on pictures and on noise; the pruned network's ONNX file against torch, float32.
+peak memory of its process. Then the cheapest channels by group magnitude are removed until half of the MACs remain, by exact
+groups alone; masked against pruned in float64 on pictures and on noise; the pruned network's ONNX file against torch, float32.
 """
 COLUMNS = (
     "network", "input", "MACs", "analysis s", "peak MiB", "exact / excluded", "smallest MACs ratio", "reached",
