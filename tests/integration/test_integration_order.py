@@ -273,8 +273,9 @@ class Forked(nn.Module):
         super().__init__()
         self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
     def forward(self, x):
-        x = self.first(x).relu()
-        x = self.second(x).relu() if x.mean() > 0 else self.second(x)
+        bright = x.mean() > 0
+        x = self.second(self.first(x).relu())
+        x = x.relu() if bright else x
         return self.last(x.mean((2, 3)))
 """
 

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.scoring import straight_through
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import prices
+from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.training import search as module
 from vpdeploy.training.network import Compute, build_canvas
-from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.training.search import SearchTask, search, search_step, with_statistics
 from vpdeploy.training.streams import stream
 from vpdeploy.values import Found
@@ -50,7 +51,7 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     seen = Watched()
-    make, step, mask = module._learner, module.search_step, module.select_row
+    make, step, mask = module._learner, module.search_step, straight_through.select_row
 
     def learner(*args: Any) -> Any:
         made = make(*args)
@@ -82,7 +83,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
     monkeypatch.setattr(module, "_learner", learner)
     monkeypatch.setattr(module, "search_step", search_step)
-    monkeypatch.setattr(module, "select_row", select_row)
+    monkeypatch.setattr(straight_through, "select_row", select_row)
     yield seen
 
 
@@ -232,8 +233,8 @@ def test_every_steps_mask_is_under_the_budget(watched: Watched, tmp_path: Path, 
 
 def test_every_step_looks_at_the_scores_that_the_last_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[np.ndarray] = []
-    original = module.select_row
-    monkeypatch.setattr(module, "select_row", lambda s, row: (rows.append(row.copy()), original(s, row))[1])
+    original = straight_through.select_row
+    monkeypatch.setattr(straight_through, "select_row", lambda s, row: (rows.append(row.copy()), original(s, row))[1])
     settled = recipe(search__epochs=1)
     found = searched(tiny.task(tiny.network(), settled), tmp_path, settled)
     assert len(rows) == 4 + 1  # the steps, and the validation after them
