@@ -230,6 +230,14 @@ def _print_inspection(found) -> None:
         table.add_row(shown, _plain(row.root), str(row.width), share, str(row.narrowest), status, _plain(row.reason))
         stage = first
     out.print(table)
+    replaced = [name for name, kind in found.attention.items() if kind.startswith("heads:")]
+    if replaced:
+        out.print(
+            f"attention: {len(replaced)} modules stand replaced by equal ones, so that whole heads can be removed"
+        )
+    for name, reason in found.attention.items():
+        if name not in replaced:
+            out.print(f"attention: {_plain(name)} keeps its heads: {_plain(reason)}", soft_wrap=True, highlight=False)
     memory = "" if found.peak_rss_mib is None else f", {found.peak_rss_mib:.0f} MiB at most"
     out.print(
         f"{found.macs:,} MACs, {found.params:,} parameters; exact groups can reach macs_ratio {found.min_macs_ratio_exact:.3f}, "

@@ -29,6 +29,7 @@ from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.limit import Limit
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.compute import find_device
 from vpdeploy.training.fit import fit
@@ -128,8 +129,9 @@ def grouped(work: Workbench) -> ChannelGroups:
     if not work.is_done(stage):
         with work.doing(stage):
             canvas_size, allow = work.recipe.input.canvas, work.recipe.budget.allow_approximate
-            found = find_groups(work.built.backbone, example_input(canvas_size, batch=1))
-            probed = probe(work.built.backbone, found, example=example_input(canvas_size), allow_approximate=allow)
+            limit, example = Limit(), example_input(canvas_size, batch=1)
+            found = find_groups(work.built.backbone, example, limit=limit)
+            probed = probe(work.built.backbone, found, example=example, allow_approximate=allow, limit=limit)
             run_folder.write_value(path, probed)
     return run_folder.read_value(path, ChannelGroups)
 

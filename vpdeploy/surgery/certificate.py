@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,6 +74,11 @@ def certify(
             with norms_without_statistics():
                 but_for_norms = max(difference(few), difference(noise))
     agreement = max(on_real, on_noise) if but_for_norms is None else but_for_norms
+    if not math.isfinite(max(on_real, on_noise)):
+        raise SurgeryError(
+            "the logits of the network, masked or pruned, are not finite; expected numbers: look for NaN or infinite weights, "
+            "and at the losses if it was trained here"
+        )
     if not agreement <= AGREEMENT:
         raise SurgeryError(
             f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(real)} real images and "
