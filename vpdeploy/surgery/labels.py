@@ -179,6 +179,9 @@ def _agree(book: LabelBook, a: Labelled, b: Labelled, why: str) -> tuple[Labelle
         for g in b.fields:
             both = set(f.covered) & set(g.covered)
             if both and (set(f.covered) | set(g.covered)) != both:
+                outer = {min(one.covered, key=lambda axis: one.nesting[axis]) for one in (f, g) if len(one.covered) > 1}
+                if not outer <= both:  # heads against what runs within each: heads are what can go
+                    return stay(book, a, both - outer, why), stay(book, b, both - outer, why)
                 return _narrowed(book, a, f, both), _narrowed(book, b, g, both)
     return None
 
@@ -258,11 +261,14 @@ def _reshaped(
     for axis, size in enumerate(sizes):
         if size > 1 and bool((labels == labels.take([0], axis=axis)).all()):
             labels = labels.take([0], axis=axis)  # it was only repeated along this axis
-    keys = {
-        axis: (min((field.nesting[i] for i in old), default=-1), place)
-        for old, new in parts
-        for place, axis in enumerate(new)
-    }
+    keys: dict[int, tuple[int, int]] = {}
+    before = -1
+    for old, new in parts:
+        inside = [axis for axis in old if axis in field.covered] or list(
+            old
+        )  # what labels run along says how deep it lies
+        before = min((field.nesting[axis] for axis in inside), default=before)
+        keys |= {axis: (before, axis) for axis in new}
     ranks = {axis: rank for rank, axis in enumerate(sorted(keys, key=lambda axis: keys[axis]))}
     return Field(labels, tuple(ranks[axis] for axis in range(len(sizes))))
 

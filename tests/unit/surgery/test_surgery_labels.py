@@ -324,3 +324,24 @@ def test_split_moved_and_merged_every_element_knows_its_channel(split, order, re
         assert np.array_equal(of[y.fields[0].labels.ravel()], of[labels[0]][truth])
     else:
         assert all(why is not None for why in told(book, labels[0]))
+
+
+def test_heads_survive_what_is_combined_with_each_of_them():
+    """[heads, d] against constants over d alone (rotary positions, a norm within heads): the heads are what can go."""
+    book = LabelBook()
+    split = reshaped(book, Labelled((1, 6), (along(book.fresh(6), 1, 2),)), (1, 3, 2), "split")
+    inner = Labelled((1, 1, 2), (along(book.fresh(2), 2, 3),), constant=True)
+    merged = merge(book, split, inner, "combined")
+    assert merged.fields[0].covered == (1,)
+    components = book.components()
+    assert len(set(components.of[:6].tolist())) == 3  # heads, each whole
+    assert set(components.rigid) == set(components.of[6:].tolist())
+
+
+def test_an_axis_put_in_between_does_not_change_which_is_the_outer():
+    """A stack and a reshape over what is in a head, as rotary positions do, leave the heads the outer axis."""
+    book = LabelBook()
+    split = reshaped(book, Labelled((1, 6), (along(book.fresh(6), 1, 2),)), (1, 3, 2), "split")
+    longer = reshaped(book, reshaped(book, split, (1, 3, 2, 1), "add"), (1, 3, 2), "take away")
+    (field,) = longer.fields
+    assert field.nesting[1] < field.nesting[2]
