@@ -14,10 +14,10 @@ from tolerances import CLOSED_FORM_FLOAT64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.training.network import Prompted, build_canvas
-from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.training.search import search_step
 from vpdeploy.values import ChannelGroup, ChannelMask
 
