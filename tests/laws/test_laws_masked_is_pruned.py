@@ -29,9 +29,10 @@ from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.run_folder import dump, load
+from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.certificate import certify, masked_vs_pruned
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import probe, relative_difference
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan

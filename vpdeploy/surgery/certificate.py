@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.surgery.exactness import relative_difference
+from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.trace import on_cpu, twin_of

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.errors import SurgeryError
+from vpdeploy.surgery.bench import ALIVE, Bench, liveliest, noise, relative_difference
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
-from vpdeploy.surgery.groups import offsets
+from vpdeploy.surgery.halves import HALVES, Half, one_left
 from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.rules.views import BY_NUMBER
 from vpdeploy.surgery.trace import in_module, modules_followed, on_cpu, told, trace, twin_of
-from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
+from vpdeploy.values import ChannelGroup, ChannelGroups
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating all groups must change the logits by this much, relative, or the probe saw nothing
-DRAWS = 4  # of random weights, at most, until no group is dead
-ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
 APPROXIMATE = "removal is approximate: budget.allow_approximate = true takes it, and tells the difference"
-LARGE = 128  # pixels; from there on one image is probed
-HEAVY = 10**8  # parameters; beyond, memory is short before time
-Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
-SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """What probes share: a redrawn float64 network, a small input, its output, a large input."""
-
-    redrawn: nn.Module
-    x: Tensor
-    full: Tensor
-    large: Tensor | None = None
-    limit: Limit = field(default_factory=Limit)
 
 
 def probe(
@@ -71,10 +53,10 @@ def probe(
     candidates = [group for group in groups.groups if group.status == "exact"]
     normalised = [group for group in groups.groups if group.status == "approximate"]
     shape = tuple(example.shape[1:])
-    bench, judged = _liveliest(backbone, [*candidates, *normalised], shape=shape, limit=limit or Limit())
+    bench, judged = liveliest(backbone, [*candidates, *normalised], shape=shape, limit=limit or Limit())
     alive = {group.root: group for group in judged}
     if _path(backbone, bench.x) != groups.path:  # one image: forwards in float64 are slow at this size
-        bench = replace(bench, large=_noise(1, shape))
+        bench = replace(bench, large=noise(1, shape))
     held = len(groups.groups) - len(candidates)  # the classifier is; beside others the rest may honestly change little
     control = CONTROL if held <= 1 else ALIVE
     verdicts = _agreed(bench, [alive[group.root] for group in candidates], control=control)
@@ -91,15 +73,15 @@ def probe(
     return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
 
 
-def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float) -> dict[str, ChannelGroup]:
+def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float) -> dict[str, ChannelGroup]:
     """The verdict on each of ``candidates``: alone where they disagree, and on all that is left together.
 
     ``control``: how much gating all of them must change.
     """
     small = replace(bench, large=None)
     probes = [*((small, half) for half in HALVES[:-1]), (bench, HALVES[-1])]
-    verdicts = {group.root: group for group in candidates}
-    doubted = False
+    verdicts = {group.root: group for group in _runnable(bench, candidates)}
+    doubted = any(group.status == "excluded" for group in verdicts.values())
     for place, half in probes:
         standing = [group for group in verdicts.values() if group.status != "excluded"]
         if standing:
@@ -109,9 +91,9 @@ def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float
     for roots in _apart([group.root for group in candidates if BY_NUMBER in group.reason]):
         standing = [verdicts[root] for root in roots if verdicts[root].status != "excluded"]
         if standing:
-            together = _verdict(small, standing, _one_left, control=ALIVE)
+            together = _verdict(small, standing, one_left, control=ALIVE)
             doubted |= together.status != "exact"
-            verdicts |= {group.root: group for group in _judge(small, standing, _one_left, together)}
+            verdicts |= {group.root: group for group in _judge(small, standing, one_left, together)}
     accepted = [group for group in verdicts.values() if group.status != "excluded"]
     if doubted and accepted:
         for place, half in probes:
@@ -122,6 +104,40 @@ def _agreed(bench: _Bench, candidates: Sequence[ChannelGroup], *, control: float
     return verdicts
 
 
+def _runnable(bench: Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """``groups``, those excluded without which the forward does not run: asked of meta tensors, without arithmetic.
+
+    Bisected like the probe, where each step of a large network costs seconds. What meta tensors cannot tell is left to it.
+    """
+    empty = twin_of(bench.redrawn, lambda tensor: torch.empty_like(tensor, device="meta"))
+    x = torch.empty_like(bench.x, device="meta")
+
+    def failure(some: Sequence[ChannelGroup]) -> str | None:
+        inside: list[str] = []
+        try:
+            small = cut(empty, plan(empty, some, HALVES[0](some))) if some else empty
+            with torch.no_grad(), modules_followed(small, bench.limit) as inside:
+                small(x)
+        except LimitError:
+            raise
+        except Exception as e:
+            return f"removing its channels fails{in_module(inside)}: {told(e)}"
+        return None
+
+    def judged(some: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        reason = failure(some)
+        if reason is None or len(some) == 1:
+            return [group if reason is None else replace(group, status="excluded", reason=reason) for group in some]
+        middle = len(some) // 2
+        return [*judged(some[:middle]), *judged(some[middle:])]
+
+    standing = [group for group in groups if group.status != "excluded" and group.width > 1]
+    if not standing or failure([]) is not None:
+        return list(groups)
+    verdicts = {group.root: group for group in judged(standing)}
+    return [verdicts.get(group.root, group) for group in groups]
+
+
 def _apart(roots: Sequence[str]) -> Iterator[list[str]]:
     """Sets of ``roots``: of any two of them each is in one without the other."""
     for bit in range(max(1, (len(roots) - 1).bit_length())):
@@ -130,7 +146,7 @@ def _apart(roots: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _approximate(
-    bench: _Bench, candidates: Sequence[ChannelGroup], *, beside: Sequence[ChannelGroup]
+    bench: Bench, candidates: Sequence[ChannelGroup], *, beside: Sequence[ChannelGroup]
 ) -> dict[str, ChannelGroup]:
     """Groups whose removal is exact once norms take no statistics, each alone and all with ``beside``."""
     verdicts = {group.root: group for group in candidates}
@@ -168,65 +184,7 @@ def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup],
     return of_all if len(groups) == len(candidates) else ALIVE
 
 
-def _liveliest(
-    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, shape: tuple[int, ...], limit: Limit
-) -> tuple[_Bench, list[ChannelGroup]]:
-    """The draw of weights under which the fewest ``candidates`` are dead, and these, the dead ones excluded.
-
-    With three channels behind a ReLU one draw in ten is dead from there on, and nothing could be probed.
-    """
-    dead: dict[int, int] = {}
-    for seed in range(DRAWS):
-        bench = _bench(backbone, shape, seed=seed, limit=limit)
-        judged = _exclude_dead(bench, candidates)
-        dead[seed] = sum(group.status == "excluded" for group in judged)
-        if dead[seed] == 0:
-            return bench, judged
-        del bench  # a large network is in memory once in float64, not twice
-    bench = _bench(backbone, shape, seed=min(dead, key=lambda seed: dead[seed]), limit=limit)
-    return bench, _exclude_dead(bench, candidates)
-
-
-def _exclude_dead(bench: _Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """``groups``, those excluded whose gates alone change nothing.
-
-    One backward pass gives the logits' slope along every gate. Only a group without any (it is dead, or no gradient
-    passes there) costs a forward of its own, with the whole group gated.
-    """
-    judged = list(groups)
-    slopes = _slopes(bench, groups)
-    for number, group in enumerate(groups):
-        if float(slopes[offsets(groups)[group.root]].max()) >= ALIVE:
-            continue
-        try:
-            with torch.no_grad():
-                gated = Gated(twin_of(bench.redrawn), [group])
-                change = relative_difference(bench.full, gated(bench.x, bench.x.new_zeros(group.width)))
-        except Exception:  # it cannot be gated, and the joint probe says why
-            continue
-        if change < ALIVE:
-            reason = f"not probed: masking it alone changes the logits by only {change:.2g}"
-            judged[number] = replace(group, status="excluded", reason=reason)
-    return judged
-
-
-def _slopes(bench: _Bench, groups: Sequence[ChannelGroup]) -> Tensor:
-    """How fast a mixture of the logits changes along each gate, relative: [channels]; 0 where that cannot be told."""
-    entries = sum(parameter.numel() for parameter in bench.redrawn.parameters())
-    # A large input takes half the time in float32, where what is dead has no slope either, but another copy.
-    dtype = torch.float32 if bench.x.shape[-1] >= LARGE and entries <= HEAVY else torch.float64
-    gates = torch.ones(sum(group.width for group in groups), dtype=dtype, requires_grad=True)
-    mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    try:
-        with torch.enable_grad():
-            gated = Gated(twin_of(bench.redrawn, on_cpu(dtype)), groups)
-            (slopes,) = torch.autograd.grad((gated(bench.x.to(dtype), gates) * mixture).sum(), [gates])
-    except Exception:  # a group that cannot be gated, no gradient, tensors changed in place: forwards decide
-        return torch.zeros_like(gates)
-    return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
-
-
-def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, verdict: ChannelGroup) -> list[ChannelGroup]:
+def _judge(bench: Bench, groups: Sequence[ChannelGroup], half: Half, verdict: ChannelGroup) -> list[ChannelGroup]:
     """``groups`` under ``verdict``, that of all of them together; bisected when they disagree."""
     if verdict.status == "exact" or len(groups) == 1:
         return [
@@ -238,7 +196,7 @@ def _judge(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, verdict: C
     return [g for part in parts for g in _judge(bench, part, half, _verdict(bench, part, half, control=ALIVE))]
 
 
-def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:
+def _verdict(bench: Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:
     """One verdict for all ``groups`` together, on the first of them. ``control``: how much gating them must change."""
     narrow = next((group for group in groups if group.width < 2), None)
     if narrow is not None:
@@ -276,98 +234,3 @@ def _verdict(bench: _Bench, groups: Sequence[ChannelGroup], half: Half, *, contr
         reason = f"not probed: masking it changes the logits by only {change:.2g}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
     return replace(groups[0], status="exact", reason="", difference=difference)
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|a|; infinite when shapes differ or anything is not finite."""
-    if a.shape != b.shape or not (bool(a.isfinite().all()) and bool(b.isfinite().all())):
-        return float("inf")
-    return float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
-
-
-def _random_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
-    """A share of each group that is its own, in any places."""
-    generator = torch.Generator().manual_seed(0)
-    keep: dict[str, tuple[bool, ...]] = {}
-    for number, group in enumerate(groups):
-        order = torch.randperm(group.width, generator=generator).tolist()
-        share = (0.5 + number * (5**0.5 - 1) / 2) % 1  # multiples of the golden ratio: neighbours lie far apart
-        gone = set(order[: 1 + int(share * (group.width - 1))])
-        keep[group.root] = tuple(channel not in gone for channel in range(group.width))
-    return ChannelMask(keep)
-
-
-def _last_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
-    """Keep the last channels, fewer than half, in a number that shares no factor with the width; every second group the most
-    that this can be, the others the least but one.
-    """
-    kept: dict[str, int] = {}
-    for number, group in enumerate(groups):
-        fitting = [k for k in range(1, max(1, (group.width - 1) // 2) + 1) if math.gcd(k, group.width) == 1]
-        kept[group.root] = fitting[-1 if number % 2 == 0 else min(1, len(fitting) - 1)]
-    return ChannelMask({g.root: tuple(c >= g.width - kept[g.root] for c in range(g.width)) for g in groups})
-
-
-def _one_left(groups: Sequence[ChannelGroup]) -> ChannelMask:
-    """What tells apart code that takes shares of an axis: its groups must not need to lose as many as each other."""
-    return ChannelMask({g.root: tuple(c == g.width - 1 for c in range(g.width)) for g in groups})
-
-
-# A random half of a few channels may be its own mirror image, or take as much from each part of a grouped convolution,
-# and such a group would pass (8 channels and a flip did). No flip or roll leaves the last part as it is, and no grouping
-# can share it out evenly: it fails there whatever the weights, even where the channel that would differ is dead behind a ReLU.
-# Groups lose different shares: code that splits an axis in two works as long as both of its groups lose the same number.
-# In narrow groups different shares are equal numbers: where a slice was taken, ``_one_left`` sees to it.
-HALVES: tuple[Half, ...] = (_random_part, _last_part)
-
-
-def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Limit) -> _Bench:
-    """At the smallest square that runs, or at ``shape`` [c, h, w]."""
-    redrawn = redraw(twin_of(backbone, _anew), seed=seed)
-    channels, *sides = shape
-    failure: Exception | None = None
-    for size in [*((s, s) for s in SIDES if s < min(sides)), sides]:
-        x = _noise(2 if max(size) < LARGE else 1, (channels, *size))
-        try:
-            with torch.no_grad(), modules_followed(redrawn, limit):
-                full = redrawn(x)
-        except LimitError:
-            raise
-        except Exception as e:  # too small for this network: try the next size
-            failure = e
-            continue
-        return _Bench(redrawn.requires_grad_(False), x, full, limit=limit)
-    raise SurgeryError(
-        f"network {type(backbone).__name__}: its forward fails in float64 at every size up to "
-        f"{' x '.join(map(str, sides))}: {failure}"
-    ) from failure
-
-
-def _anew(tensor: Tensor) -> Tensor:
-    """On the CPU, in float64 if it is floating, and never the tensor itself."""
-    return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
-
-
-def _noise(batch: int, shape: Sequence[int]) -> Tensor:
-    return torch.randn((batch, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it.
-
-    A buffer without negative values keeps none: under any name but running_mean it may be a variance, whose root is taken.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in network.parameters():
-        fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
-        scale = fan_in**-0.5 * (2**0.5 if tensor.ndim > 1 else 0.5)
-        tensor.data.normal_(generator=generator).mul_(scale)  # in place: one layer may hold most of a network
-        if tensor.ndim <= 1:
-            tensor.data += 0.5  # scales stay away from 0, shifts from symmetry
-    for name, tensor in network.named_buffers():
-        if tensor.is_floating_point():
-            drawn = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-            unsigned = bool((tensor >= 0).all() and (tensor > 0).any()) and not name.endswith("running_mean")
-            positive = unsigned or name.endswith("running_var")
-            tensor.data = drawn + 0.5 if positive else drawn - 0.5
-    return network

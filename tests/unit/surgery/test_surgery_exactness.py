@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.surgery import exactness
+from vpdeploy.surgery import bench as probing
+from vpdeploy.surgery.bench import redraw
 from vpdeploy.surgery.certificate import certify
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import HALVES, probe, redraw
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.halves import HALVES
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask, Selection
 
@@ -120,10 +122,10 @@ def test_a_draw_that_is_dead_is_drawn_again(monkeypatch):
         return network
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), Head(4))
-    monkeypatch.setattr(exactness, "redraw", first_draw_dead)
+    monkeypatch.setattr(probing, "redraw", first_draw_dead)
     found = find_groups(network, example_input(8))
     assert [group.status for group in probe(network, found, example=example_input(8)).groups[:2]] == ["exact", "exact"]
-    monkeypatch.setattr(exactness, "DRAWS", 1)
+    monkeypatch.setattr(probing, "DRAWS", 1)
     (reason,) = {group.reason for group in probe(network, found, example=example_input(8)).groups[:1]}
     assert reason == "not probed: masking it alone changes the logits by only 0"
 
@@ -275,3 +277,29 @@ def test_logits_that_are_no_numbers_get_no_certificate():
         small[5].linear.bias[0] = float("nan")  # type: ignore[index]
     with pytest.raises(SurgeryError, match="are not finite"):
         certify(network, small, groups, selection, canvas=image(0))
+
+
+class Fixed(nn.Module):
+    """``count`` convolutions, each followed by a view that holds its width. Counts forwards with numbers in them."""
+
+    calls = 0  # of the class: copies of the network count, too
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3 if i == 0 else 8, 8, 1) for i in range(count)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Fixed.calls += not x.is_meta
+        for layer in self.layers:
+            x = layer(x).view(len(x), 8, *x.shape[2:]).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_cannot_run_is_told_without_arithmetic():
+    network = Fixed(12)
+    found = find_groups(network, example_input(8))
+    Fixed.calls = 0
+    groups = probe(network, found, example=example_input(8)).groups[:12]
+    assert all(group.reason.startswith("removing its channels fails") for group in groups)
+    assert 0 < Fixed.calls <= 4  # for the draw, its slopes and the path; a bisection with numbers took 45 more

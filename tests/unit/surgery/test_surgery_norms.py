@@ -12,8 +12,9 @@ from tolerances import SAME_IN_FLOAT64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.exactness import probe, relative_difference
+from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.norms import norms_without_statistics
