@@ -17,10 +17,11 @@ from vpdeploy.models.build import build, check_forward
 from vpdeploy.models.named import model_from
 from vpdeploy.recipe.tables import BudgetTable, Recipe
 from vpdeploy.scoring.select import allowed_widths
-from vpdeploy.surgery.cost import CostModel, build_cost_model
+from vpdeploy.surgery.cost import CostModel, cost_of
 from vpdeploy.surgery.exactness import probe
-from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.groups import example_input, groups_of
 from vpdeploy.surgery.limit import Limit
+from vpdeploy.surgery.trace import look
 from vpdeploy.values import ChannelGroup, ChannelGroups
 
 
@@ -93,9 +94,10 @@ def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budge
     check_forward(backbone, canvas_size=size, classes=classes)
     backbone, replaced = replace_attention(backbone, share=True)
     example, limit = example_input(size, batch=1), Limit()
-    found = find_groups(backbone, example, limit=limit)
+    seen = look(backbone, example, limit=limit)
+    found = groups_of(seen, backbone)
     groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate, limit=limit)
-    cost = build_cost_model(backbone, groups.groups, example=example)
+    cost = cost_of(seen, backbone, groups.groups)
     narrowest = np.array([_narrowest(group, budget) for group in groups.groups], float)
     dense = cost.dense_widths
     exact = np.where([group.status == "exact" for group in groups.groups], narrowest, dense)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from vpdeploy.surgery.labels import Ints
-from vpdeploy.surgery.trace import Trace, on_cpu, trace, twin_of
+from vpdeploy.surgery.trace import Trace, look
 from vpdeploy.values import ChannelGroup
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -57,13 +56,17 @@ def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, exa
 
     MACs are the products of convolutions, linear layers and attention, as ``measure.macs`` counts them.
     """
-    twin = twin_of(backbone, on_cpu(torch.float32))
-    seen = trace(twin, example)
+    return cost_of(look(backbone, example), backbone, groups)
+
+
+def cost_of(seen: Trace, backbone: nn.Module, groups: Sequence[ChannelGroup]) -> CostModel:
+    """The same from what a forward of ``backbone`` showed."""
     column = _columns(seen, groups)
     widths = np.array([group.width for group in groups], float)
     products = [(p.rest, [_length(labels, column, widths) for labels in p.axes]) for p in seen.products]
     entries = [
-        (1.0, [_length(labels, column, widths) for labels in seen.labels[name]]) for name, _ in twin.named_parameters()
+        (1.0, [_length(labels, column, widths) for labels in seen.labels[name]])
+        for name, _ in backbone.named_parameters()
     ]
     return CostModel(_sum(products, widths), _sum(entries, widths), widths)
 

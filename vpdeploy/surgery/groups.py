@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.labels import Ints
 from vpdeploy.surgery.limit import Limit
-from vpdeploy.surgery.trace import Trace, on_cpu, trace, twin_of
+from vpdeploy.surgery.trace import Trace, look
 from vpdeploy.values import ChannelGroup, ChannelGroups, Member, Side
 
 READERS = (_ConvNd, nn.Linear, ChannelGather)
@@ -29,18 +29,17 @@ def find_groups(backbone: nn.Module, example: Tensor, *, limit: Limit | None = N
 
     Raises: SurgeryError when its forward fails; LimitError past ``limit``.
     """
-    twin = twin_of(backbone, on_cpu(torch.float32))
-    return replace(groups_of(trace(twin, example, limit=limit), twin), shape=tuple(example.shape[1:]))
+    return groups_of(look(backbone, example, limit=limit), backbone)
 
 
-def groups_of(seen: Trace, twin: nn.Module) -> ChannelGroups:
-    """The groups of a network from what its forward showed."""
+def groups_of(seen: Trace, backbone: nn.Module) -> ChannelGroups:
+    """The groups of ``backbone`` from what its forward showed."""
     table = _Table.of(seen)
     parts = table.alike((seen.components.rigid, seen.components.normalised))
-    found = [group for rows in parts if (group := _as_group(rows, table, seen, twin)) is not None]
+    found = [group for rows in parts if (group := _as_group(rows, table, seen, backbone)) is not None]
     place = {name: number for number, name in enumerate(seen.labels)}
     found.sort(key=lambda group: min((place[m.tensor], min(m.indices)) for m in group.members if m.side == "out"))
-    return ChannelGroups(tuple(_exclude_tied(_exclude_computed(found, twin), twin)), seen.path)
+    return ChannelGroups(tuple(_exclude_tied(_exclude_computed(found, backbone), backbone)), seen.path, seen.shape)
 
 
 @dataclass(frozen=True)

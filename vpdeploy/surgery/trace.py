@@ -31,7 +31,8 @@ class Trace:
     """What one forward showed.
 
     ``labels[tensor][axis]``: of every parameter and buffer, [size] each; ``roles``: labels that a product reads or writes,
-    and the module that does; ``products``: of one image; ``path``: a hash of the operations and the modules that called them.
+    and the module that does; ``products``: of one image; ``path``: a hash of the operations and the modules that called them;
+    ``shape``: of the image, [c, h, w].
     """
 
     labels: dict[str, tuple[Ints, ...]]
@@ -39,6 +40,12 @@ class Trace:
     roles: tuple[Role, ...]
     products: tuple[Product, ...]
     path: str
+    shape: tuple[int, ...]
+
+
+def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
+    """``trace`` of ``backbone`` in float32 on the CPU, wherever it is."""
+    return trace(twin_of(backbone, on_cpu(torch.float32)), example, limit=limit)
 
 
 def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
@@ -82,7 +89,14 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
             "does there is not known; expected a forward that takes the same layers for all images: remove the others"
         )
     products = tuple(p if p.constant else replace(p, rest=p.rest / len(example)) for p in watch.products)
-    return Trace(watch.labels, watch.book.components(), tuple(watch.roles), products, watch.path.hexdigest())
+    return Trace(
+        watch.labels,
+        watch.book.components(),
+        tuple(watch.roles),
+        products,
+        watch.path.hexdigest(),
+        tuple(example.shape[1:]),
+    )
 
 
 def _with_own_buffers(twin: nn.Module) -> nn.Module:
