@@ -17,7 +17,7 @@ from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.plan import plan as plan_cuts
 from vpdeploy.surgery.plan import tensor_shapes
-from vpdeploy.surgery.trace import on_cpu, trace, twin_of
+from vpdeploy.surgery.trace import look
 from vpdeploy.values import ChannelGroups, PrunePlan, Selection
 
 
@@ -97,7 +97,7 @@ def _check_belong(groups: ChannelGroups, network: nn.Module) -> None:
         for group in groups.groups
         for member in group.members
     )
-    if not fits or trace(twin_of(network, on_cpu(torch.float32)), torch.zeros(1, *groups.shape)).path != groups.path:
+    if not fits or look(network, torch.zeros(1, *groups.shape)).path != groups.path:
         raise SurgeryError(
             f"groups: not those of this {type(network).__name__}: its layers, or what its forward does, are others; expected "
             "what find_groups(model, example) gives for this model"

@@ -194,7 +194,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     _takes_images(backbone)
     image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
-        model = _copied(backbone).eval()
+        empty = _copied(backbone, device="meta")
     except Exception as e:
         raise ModelError(
             f"model.name: {name} cannot be copied: {type(e).__name__}: {e}; expected a network of plain "
@@ -202,7 +202,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
         ) from e
     try:
         with torch.no_grad(), seeded(0):
-            logits = _on_meta_or_here(model, image)
+            logits = _on_meta_or_here(empty, backbone, image)
     except Exception as e:
         raise ModelError(
             f"model.name: {name} does not take 3x{side}x{side} input: {type(e).__name__}: {e}; "
@@ -211,7 +211,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     if (problem := not_logits(logits, classes=classes)) is not None:
         raise ModelError(f"model.name: {name} gave {problem}")
     with torch.no_grad(), seeded(0), suppress(Exception):  # where meta tensors do not do, training has the last word
-        logits = _copied(backbone, device="meta").train()(image.to("meta"))
+        logits = empty.train()(image.to("meta"))
     if (problem := not_logits(logits, classes=classes)) is not None:
         raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
 
@@ -225,12 +225,12 @@ def _copied(network: nn.Module, *, device: str | None = None) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def _on_meta_or_here(model: nn.Module, image: Tensor) -> object:
-    """What ``model`` gives, in shape and type."""
+def _on_meta_or_here(empty: nn.Module, backbone: nn.Module, image: Tensor) -> object:
+    """What ``backbone`` gives in eval mode, in shape and type. ``empty``: its copy on the meta device."""
     try:
-        return _copied(model, device="meta")(image.to("meta"))
+        return empty.eval()(image.to("meta"))
     except Exception:  # wrong, or in need of real numbers: these tell
-        return model(image)
+        return _copied(backbone).eval()(image)
 
 
 def _takes_images(backbone: nn.Module) -> None:

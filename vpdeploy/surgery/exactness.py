@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.rules.views import BY_NUMBER
-from vpdeploy.surgery.trace import in_module, modules_followed, on_cpu, told, trace, twin_of
+from vpdeploy.surgery.trace import in_module, look, modules_followed, told, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
@@ -80,21 +80,30 @@ def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float)
     """
     small = replace(bench, large=None)
     probes = [*((small, half) for half in HALVES[:-1]), (bench, HALVES[-1])]
-    verdicts = {group.root: group for group in _runnable(bench, candidates)}
-    doubted = any(group.status == "excluded" for group in verdicts.values())
+    verdicts = {group.root: group for group in candidates}
+    doubted = any(group.status == "excluded" for group in candidates)
+
+    def standing(roots: Iterable[str]) -> list[ChannelGroup]:
+        return [verdicts[root] for root in roots if verdicts[root].status != "excluded"]
+
+    def decide(place: Bench, roots: Sequence[str], half: Half, of_all: float) -> None:
+        nonlocal doubted
+        if not (groups := standing(roots)):
+            return
+        together = _verdict(place, groups, half, control=_control(groups, candidates, of_all))
+        if together.status == "exact":
+            verdicts.update((group.root, _under(together, group)) for group in groups)
+            return
+        doubted = True
+        verdicts.update((group.root, group) for group in _runnable(place, groups, half))
+        verdicts.update((group.root, group) for group in _bisected(place, standing(roots), half))
+
+    roots = list(verdicts)
     for place, half in probes:
-        standing = [group for group in verdicts.values() if group.status != "excluded"]
-        if standing:
-            together = _verdict(place, standing, half, control=_control(standing, candidates, control))
-            doubted |= together.status != "exact"
-            verdicts |= {group.root: group for group in _judge(place, standing, half, together)}
-    for roots in _apart([group.root for group in candidates if BY_NUMBER in group.reason]):
-        standing = [verdicts[root] for root in roots if verdicts[root].status != "excluded"]
-        if standing:
-            together = _verdict(small, standing, one_left, control=ALIVE)
-            doubted |= together.status != "exact"
-            verdicts |= {group.root: group for group in _judge(small, standing, one_left, together)}
-    accepted = [group for group in verdicts.values() if group.status != "excluded"]
+        decide(place, roots, half, control)
+    for some in _apart([group.root for group in candidates if BY_NUMBER in group.reason]):
+        decide(small, some, one_left, ALIVE)
+    accepted = standing(roots)
     if doubted and accepted:
         for place, half in probes:
             together = _verdict(place, accepted, half, control=_control(accepted, candidates, control))
@@ -104,8 +113,9 @@ def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float)
     return verdicts
 
 
-def _runnable(bench: Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """``groups``, those excluded without which the forward does not run: asked of meta tensors, without arithmetic.
+def _runnable(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> list[ChannelGroup]:
+    """Those of ``groups`` that meta tensors can judge, without arithmetic: excluded where the forward does not run without
+    them.
 
     Bisected like the probe, where each step of a large network costs seconds. What meta tensors cannot tell is left to it.
     """
@@ -115,7 +125,7 @@ def _runnable(bench: Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup
     def failure(some: Sequence[ChannelGroup]) -> str | None:
         inside: list[str] = []
         try:
-            small = cut(empty, plan(empty, some, HALVES[0](some))) if some else empty
+            small = cut(empty, plan(empty, some, half(some))) if some else empty
             with torch.no_grad(), modules_followed(small, bench.limit) as inside:
                 small(x)
         except LimitError:
@@ -131,11 +141,8 @@ def _runnable(bench: Bench, groups: Sequence[ChannelGroup]) -> list[ChannelGroup
         middle = len(some) // 2
         return [*judged(some[:middle]), *judged(some[middle:])]
 
-    standing = [group for group in groups if group.status != "excluded" and group.width > 1]
-    if not standing or failure([]) is not None:
-        return list(groups)
-    verdicts = {group.root: group for group in judged(standing)}
-    return [verdicts.get(group.root, group) for group in groups]
+    wide = [group for group in groups if group.width > 1]  # of the others the probe says what they are
+    return judged(wide) if wide and failure([]) is None else []
 
 
 def _apart(roots: Sequence[str]) -> Iterator[list[str]]:
@@ -176,7 +183,7 @@ def _forward(network: nn.Module, x: Tensor) -> Tensor:
 
 def _path(backbone: nn.Module, x: Tensor) -> str:
     """What the forward does at the size of ``x``: the same as at the size that showed the groups, or something else."""
-    return trace(twin_of(backbone, on_cpu(torch.float32)), x.float()).path
+    return look(backbone, x.float()).path
 
 
 def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup], of_all: float) -> float:
@@ -184,16 +191,19 @@ def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup],
     return of_all if len(groups) == len(candidates) else ALIVE
 
 
-def _judge(bench: Bench, groups: Sequence[ChannelGroup], half: Half, verdict: ChannelGroup) -> list[ChannelGroup]:
-    """``groups`` under ``verdict``, that of all of them together; bisected when they disagree."""
-    if verdict.status == "exact" or len(groups) == 1:
-        return [
-            replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
-            for group in groups
-        ]
+def _bisected(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> Iterator[ChannelGroup]:
+    """``groups``, which do not agree all together, each under the verdict on the largest part of them that it was found in."""
     middle = len(groups) // 2
-    parts = (groups[:middle], groups[middle:])
-    return [g for part in parts for g in _judge(bench, part, half, _verdict(bench, part, half, control=ALIVE))]
+    for part in filter(None, (groups[:middle], groups[middle:])):
+        verdict = _verdict(bench, part, half, control=ALIVE)
+        if verdict.status == "exact" or len(part) == 1:
+            yield from (_under(verdict, group) for group in part)
+        else:
+            yield from _bisected(bench, part, half)
+
+
+def _under(verdict: ChannelGroup, group: ChannelGroup) -> ChannelGroup:
+    return replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
 
 
 def _verdict(bench: Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:

@@ -67,9 +67,8 @@ class Gated(nn.Module):
         for number, (name, place) in enumerate(places.items()):
             reader = backbone.get_submodule(name)
             if isinstance(reader, _ConvNd) and not reader.transposed:
-                place = place.repeat(
-                    reader.groups
-                )  # the weight's axis is what one group reads: all read the same positions
+                # The weight's axis is what one group reads: all read the same positions.
+                place = place.repeat(reader.groups)
             self.register_buffer(f"place_{number}", place, persistent=False)
             reader.register_forward_pre_hook(partial(self._gate, number, isinstance(reader, nn.Linear)))
 

@@ -251,9 +251,8 @@ def _reshaped(
         if inside and max(sum(old_shape[i] > 1 for i in old), sum(shape[i] > 1 for i in new)) > 1:
             book.suspect(field.labels, why)
         sizes += [shape[axis] if inside else 1 for axis in new]
-    full = [
-        old_shape[axis] if any(i in field.covered for i in old) else 1 for old, _ in parts for axis in old
-    ]  # the parts hold all axes in order
+    # The parts hold all axes in order.
+    full = [old_shape[axis] if any(i in field.covered for i in old) else 1 for old, _ in parts for axis in old]
     labels = np.broadcast_to(field.labels, full).reshape(sizes)
     if bool((labels == labels.flat[0]).all()):
         book.hold(labels, f"{why}, where all its channels hang together")
@@ -264,10 +263,8 @@ def _reshaped(
     keys: dict[int, tuple[int, int]] = {}
     before = -1
     for old, new in parts:
-        inside = [axis for axis in old if axis in field.covered] or list(
-            old
-        )  # what labels run along says how deep it lies
-        before = min((field.nesting[axis] for axis in inside), default=before)
+        covered = [axis for axis in old if axis in field.covered]  # what labels run along says how deep it lies
+        before = min((field.nesting[axis] for axis in covered or old), default=before)
         keys |= {axis: (before, axis) for axis in new}
     ranks = {axis: rank for rank, axis in enumerate(sorted(keys, key=lambda axis: keys[axis]))}
     return Field(labels, tuple(ranks[axis] for axis in range(len(sizes))))

@@ -89,8 +89,7 @@ def _remove_grouped(layer: _ConvNd, loss: Loss) -> None:
         layer.in_channels -= gone * inputs
         layer.out_channels -= gone * outputs
     else:
-        lost = count * (
-            layer.groups if loss.axis == 1 else 1
-        )  # axis 1 holds what one group reads, or writes if transposed
+        # Axis 1 holds what one group reads, or writes if transposed.
+        lost = count * (layer.groups if loss.axis == 1 else 1)
         side = "in_channels" if loss.side == "in" else "out_channels"
         setattr(layer, side, getattr(layer, side) - lost)

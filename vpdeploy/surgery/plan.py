@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.layers import Loss, attributes_after
 from vpdeploy.values import ChannelGroup, ChannelMask, PrunePlan, Side
+
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def plan(
@@ -23,35 +27,35 @@ def plan(
 
     Raises: SurgeryError when an axis would be left empty, or a layer cannot lose what it has to.
     """
-    lost: dict[tuple[str, int], tuple[Side, set[int]]] = {}
+    shapes = tensor_shapes(backbone)
+    lost: dict[tuple[str, int], tuple[Side, Flags]] = {}
     widths: dict[str, tuple[int, int]] = {}
     for group in groups:
-        keep = mask.keep.get(group.root, (True,) * group.width)
-        widths[group.root] = (group.width, sum(keep))
-        for member in group.members if not all(keep) else ():
-            gone = {index for index, channel in zip(member.indices, member.channels, strict=True) if not keep[channel]}
-            lost.setdefault((member.tensor, member.axis), (member.side, set()))[1].update(gone)
-    shapes = tensor_shapes(backbone)
+        keep = np.array(mask.keep.get(group.root, (True,) * group.width))
+        widths[group.root] = (group.width, int(keep.sum()))
+        for member in group.members if not keep.all() else ():
+            place = (member.tensor, member.axis)
+            _, gone = lost.setdefault(place, (member.side, np.zeros(shapes[member.tensor][member.axis], bool)))
+            gone[list(member.indices)] |= ~keep[list(member.channels)]
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     for (tensor, axis), (_, gone) in lost.items():
-        stays = tuple(index for index in range(shapes[tensor][axis]) if index not in gone)
-        if not stays:
+        if gone.all():
             raise SurgeryError(
                 f"{tensor}: all {len(gone)} positions of axis {axis} would go; keep at least one channel"
             )
-        kept.setdefault(tensor, {})[axis] = stays
+        kept.setdefault(tensor, {})[axis] = tuple(np.flatnonzero(~gone).tolist())
     return PrunePlan(
         fits=shapes, kept=kept, attributes=_attributes(backbone, lost), widths=widths, replacements=dict(replacements)
     )
 
 
 def _attributes(
-    backbone: nn.Module, lost: dict[tuple[str, int], tuple[Side, set[int]]]
+    backbone: nn.Module, lost: Mapping[tuple[str, int], tuple[Side, Flags]]
 ) -> dict[str, dict[str, int | tuple[int, ...]]]:
     by_module: dict[str, list[Loss]] = {}
     for (tensor, axis), (side, gone) in lost.items():
         path, _, leaf = tensor.rpartition(".")
-        by_module.setdefault(path, []).append(Loss(leaf, axis, side, tuple(sorted(gone))))
+        by_module.setdefault(path, []).append(Loss(leaf, axis, side, tuple(np.flatnonzero(gone).tolist())))
     found = {}
     for path, losses in by_module.items():
         try:

@@ -44,19 +44,16 @@ class Trace:
 
 
 def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
-    """``trace`` of ``backbone`` in float32 on the CPU, wherever it is."""
-    return trace(twin_of(backbone, on_cpu(torch.float32)), example, limit=limit)
-
-
-def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
-    """Watch one forward of ``backbone`` on ``example`` [n, 3, h, w], in eval mode; ``backbone`` is unchanged.
+    """Watch one forward of ``backbone`` on ``example`` [n, 3, h, w], in eval mode, in float32 on the CPU wherever it is.
 
     Where it leaves parameters out, one in training mode follows: auxiliary classifiers lose what they read, too.
+    ``backbone`` is unchanged.
 
     Raises: SurgeryError when the forward fails, with the module that it fails in, when it gives something else than one
     tensor, and when values of the image decide what runs.
     """
-    twin = _with_own_buffers(twin_of(backbone))
+    twin = twin_of(backbone, on_cpu(torch.float32))
+    _with_own_buffers(twin)
     with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
@@ -67,13 +64,13 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
             raise
         except Exception as e:
             raise SurgeryError(
-                f"network {type(backbone).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
+                f"network {type(twin).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
                 f"images {list(example.shape)} and nothing else"
             ) from e
         if not isinstance(outputs, Tensor):
             keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
             raise SurgeryError(
-                f"network {type(backbone).__name__}: its forward gives a {type(outputs).__name__}{keys}; expected one tensor, "
+                f"network {type(twin).__name__}: its forward gives a {type(outputs).__name__}{keys}; expected one tensor, "
                 "the logits: wrap it in a module that returns these alone"
             )
         if watch.unseen:
@@ -84,7 +81,7 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
     if watch.choices and watch.unseen:
         unseen, *more = watch.unseen.values()
         raise SurgeryError(
-            f"network {type(backbone).__name__}: {watch.choices[0] or 'its forward'} reads a value that depends on the image, "
+            f"network {type(twin).__name__}: {watch.choices[0] or 'its forward'} reads a value that depends on the image, "
             f"and {unseen}{f' and {len(more)} more' if more else ''} took no part: for other images it may, and what removal "
             "does there is not known; expected a forward that takes the same layers for all images: remove the others"
         )
@@ -99,14 +96,13 @@ def trace(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -
     )
 
 
-def _with_own_buffers(twin: nn.Module) -> nn.Module:
-    """``twin`` after its buffers were copied: a forward in training mode writes statistics."""
+def _with_own_buffers(twin: nn.Module) -> None:
+    """Copy the buffers of ``twin``: a forward in training mode writes statistics."""
     own: dict[int, Tensor] = {}
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = own[id(buffer)] = own.get(id(buffer), buffer.clone())
-    return twin
 
 
 def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
+
 from vpdeploy.models.attention.layers import Copy, separate
 from vpdeploy.models.attention.position_bias import MlpBias, TableBias
 from vpdeploy.models.attention.window import ShiftedWindowAttention, WindowAttention
@@ -18,20 +20,7 @@ def build_swin(module: Any, copied: Copy) -> ShiftedWindowAttention:
         tokens=math.prod(module.window_size),
         persistent=True,
     )
-    head_dim = module.proj.in_features // module.num_heads
-    q, k, v = separate(module.qkv)
-    attention = WindowAttention(
-        q,
-        k,
-        v,
-        copied(module.proj),
-        position_bias=position_bias,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        dropout=module.attention_dropout,
-        proj_dropout=module.dropout,
-    )
-    return _shifted(module, attention)
+    return _shifted(module, copied, position_bias, scale=_head_dim(module) ** -0.5)
 
 
 def build_swin_v2(module: Any, copied: Copy) -> ShiftedWindowAttention:
@@ -44,21 +33,9 @@ def build_swin_v2(module: Any, copied: Copy) -> ShiftedWindowAttention:
         gain=16,
         persistent=True,
     )
-    q, k, v = separate(module.qkv)
-    k.register_parameter("bias", None)  # its forward counts the bias of k as 0, whatever it is
-    attention = WindowAttention(
-        q,
-        k,
-        v,
-        copied(module.proj),
-        position_bias=position_bias,
-        head_dim=module.proj.in_features // module.num_heads,
-        scale=1.0,
-        logit_scale=copied(module.logit_scale),
-        dropout=module.attention_dropout,
-        proj_dropout=module.dropout,
-    )
-    return _shifted(module, attention)
+    swin = _shifted(module, copied, position_bias, scale=1.0, logit_scale=copied(module.logit_scale))
+    swin.attention.k.register_parameter("bias", None)  # its forward counts the bias of k as 0, whatever it is
+    return swin
 
 
 def build_maxvit(module: Any, copied: Copy) -> WindowAttention:
@@ -83,6 +60,22 @@ def build_maxvit(module: Any, copied: Copy) -> WindowAttention:
     )
 
 
-def _shifted(module: Any, attention: WindowAttention) -> ShiftedWindowAttention:
+def _shifted(
+    module: Any, copied: Copy, position_bias: nn.Module, *, scale: float, logit_scale: nn.Parameter | None = None
+) -> ShiftedWindowAttention:
+    attention = WindowAttention(
+        *separate(module.qkv),
+        copied(module.proj),
+        position_bias=position_bias,
+        head_dim=_head_dim(module),
+        scale=scale,
+        logit_scale=logit_scale,
+        dropout=module.attention_dropout,
+        proj_dropout=module.dropout,
+    )
     window, shift = tuple(module.window_size), tuple(module.shift_size)
     return ShiftedWindowAttention(attention, window=window, shift=shift)
+
+
+def _head_dim(module: Any) -> int:
+    return module.proj.in_features // module.num_heads
