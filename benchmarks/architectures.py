@@ -110,8 +110,8 @@ def enliven(network: Any) -> None:
 
 
 def settle(network: Any, images: Any, *, classifier: str) -> None:
-    """Norm statistics of ``images``; without such norms, logits whose mean over ``images`` the classifier's bias takes away:
-    a random network would give all pictures nearly the same.
+    """Norm statistics of ``images``. Without such norms a random network gives all pictures nearly the same logits: the
+    classifier's bias takes their mean away, and adds noise of their spread, or a picture like the mean would have no logits.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
@@ -124,7 +124,8 @@ def settle(network: Any, images: Any, *, classifier: str) -> None:
         logits = network(images)
         bias = network.get_submodule(classifier).bias
         if bias is not None and not norms:
-            bias.sub_(logits.mean(dim=0))
+            noise = torch.randn(bias.shape, generator=torch.Generator().manual_seed(0))
+            bias.add_(logits.std(dim=0).mean() * noise - logits.mean(dim=0))
     for norm in norms:
         norm.momentum, _ = 0.1, norm.eval()
 
