@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import nn
 
 from vpdeploy.data.sources import open_source
 from vpdeploy.measure.memory import peak_rss_mib
-from vpdeploy.models.attention.replace import replace_attention, unreplaced
+from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.build import build, check_forward
 from vpdeploy.models.named import model_from
 from vpdeploy.recipe.tables import BudgetTable, Recipe
@@ -73,8 +73,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     built = build(recipe.model, classes=len(source.classes), seed=recipe.seed)
     outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
     size = recipe.input.canvas
-    found = _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
-    return replace(found, attention={**built.replacements, **found.attention})
+    return _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
 
 
 def inspect_model(name: str, *, size: int | None = None) -> Inspection:
@@ -92,8 +91,9 @@ def inspect_model(name: str, *, size: int | None = None) -> Inspection:
 def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budget: BudgetTable) -> Inspection:
     began = time.perf_counter()
     check_forward(backbone, canvas_size=size, classes=classes)
-    backbone, replaced = replace_attention(backbone, share=True)
     example, limit = example_input(size, batch=1), Limit()
+    attention = replace_attention(backbone, example, share=True)
+    backbone = attention.network
     seen = look(backbone, example, limit=limit)
     found = groups_of(seen, backbone)
     groups = probe(backbone, found, example=example, allow_approximate=budget.allow_approximate, limit=limit)
@@ -107,7 +107,7 @@ def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budge
         macs=round(cost.macs(dense)),
         params=sum(p.numel() for p in backbone.parameters()),
         groups=tuple(_rows(groups, cost, narrowest)),
-        attention={**replaced, **unreplaced(backbone)},
+        attention={**attention.replaced, **attention.left},
         min_macs_ratio_exact=cost.macs(exact) / cost.macs(dense),
         min_params_ratio_exact=cost.params(exact) / cost.params(dense),
         seconds=time.perf_counter() - began,

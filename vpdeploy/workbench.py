@@ -19,7 +19,7 @@ from vpdeploy.data.prepared import prepare
 from vpdeploy.data.sources import DataSource, open_source
 from vpdeploy.errors import RunFolderError
 from vpdeploy.measure.environment import environment, machine
-from vpdeploy.models.build import Built, build, check_forward
+from vpdeploy.models.build import Built, build, check_forward, with_separate_heads
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
@@ -101,6 +101,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     if fresh:
         outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
         check_forward(built.backbone, canvas_size=recipe.input.canvas, classes=outputs)
+    built = with_separate_heads(built, canvas_size=recipe.input.canvas)
     recipe = _settle(recipe, built)
     if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
         for name in ledger.forget(redo, recipe):

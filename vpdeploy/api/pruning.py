@@ -69,8 +69,10 @@ class PruneResult:
     certificate: Certificate
 
 
-def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+def prepare(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str]]:
     """``model`` out of its wrappers and with equal attention of which whole heads can be removed, and what was replaced.
+
+    example: [n, c, h, w], of which one image is looked at.
 
     Raises: ModelError for what would be cut without effect: compiled or scripted parts, weights computed by hooks.
     """
@@ -81,7 +83,8 @@ def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         raise ModelError(
             f"model: {type(network).__name__} has no parameters; expected a network with weights to remove"
         )
-    return replace_attention(network)
+    found = replace_attention(network, example[:1])
+    return found.network, found.replaced
 
 
 def find_groups(
@@ -93,8 +96,8 @@ def find_groups(
 
     Raises: ModelError, SurgeryError for what cannot be analysed; LimitError past ``limit``.
     """
-    network, _ = prepare(model)
-    return _groups(network, _images(example), allow_approximate=allow_approximate, limit=limit)
+    network, _ = prepare(model, _images(example))
+    return _groups(network, example, allow_approximate=allow_approximate, limit=limit)
 
 
 def _groups(network: nn.Module, example: Tensor, *, allow_approximate: bool, limit: Limit | None) -> ChannelGroups:
@@ -137,8 +140,8 @@ def prune_once(
     LimitError past ``limit``.
     """
     budget = Budget(macs_ratio, round_to=round_to, max_removal=max_removal)
-    network, replacements = prepare(model)
-    groups = _groups(network, _images(example), allow_approximate=allow_approximate, limit=limit)
+    network, replacements = prepare(model, _images(example))
+    groups = _groups(network, example, allow_approximate=allow_approximate, limit=limit)
     selector = selector_of(network, groups, budget)
     selection = select(selector, scores_of(scores, network, groups, seed=seed))
     plan = plan_cuts(network, groups.prunable, selection.mask, replacements=replacements)

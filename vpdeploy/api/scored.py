@@ -79,7 +79,7 @@ def gated(
     Raises: BudgetError with the best reachable ratio; SurgeryError for groups or scores that do not fit.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
-    network, replacements = prepare(model)
+    network, replacements = prepare(model, torch.zeros(1, *groups.shape))
     _check_belong(groups, network)
     selector = selector_of(network, groups, budget)
     arrays = scores_of(scores, network, groups, seed=seed)

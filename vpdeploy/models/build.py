@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.cifar_resnet import cifar_resnet
 from vpdeploy.models.classifier import class_count, find_classifier, replace_classifier
+from vpdeploy.models.copies import copied, on_meta
 from vpdeploy.models.names import CIFAR_RESNETS, unknown_network
 from vpdeploy.models.outputs import not_logits
 from vpdeploy.models.plain import plain
@@ -81,8 +81,13 @@ def build(
     if head == "replace":
         generator = torch.Generator().manual_seed(seed)
         backbone = replace_classifier(backbone, classifier, classes, generator=generator)
-    backbone, replacements = replace_attention(backbone, share=True)
-    return Built(backbone, head, classifier, count, replacements)
+    return Built(backbone, head, classifier, count)
+
+
+def with_separate_heads(built: Built, *, canvas_size: int) -> Built:
+    """``built`` with attention replaced by equal attention of which whole heads can be removed, where that is the same."""
+    found = replace_attention(built.backbone, torch.zeros(1, 3, canvas_size, canvas_size), share=True)
+    return replace(built, backbone=found.network, replacements=found.replaced)
 
 
 @contextmanager
@@ -194,7 +199,7 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     _takes_images(backbone)
     image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
-        empty = _copied(backbone, device="meta")
+        empty = copied(backbone, on_meta)
     except Exception as e:
         raise ModelError(
             f"model.name: {name} cannot be copied: {type(e).__name__}: {e}; expected a network of plain "
@@ -216,21 +221,12 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
         raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
 
 
-def _copied(network: nn.Module, *, device: str | None = None) -> nn.Module:
-    """A copy that shares the tensors of ``network``, or has none of their values: on the meta ``device``."""
-    memo: dict[int, Any] = {}
-    for tensor in (*network.parameters(), *network.buffers()):
-        empty = tensor if device is None else torch.empty_like(tensor, device=device, requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(empty, False) if device and isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(network, memo)
-
-
 def _on_meta_or_here(empty: nn.Module, backbone: nn.Module, image: Tensor) -> object:
     """What ``backbone`` gives in eval mode, in shape and type. ``empty``: its copy on the meta device."""
     try:
         return empty.eval()(image.to("meta"))
     except Exception:  # wrong, or in need of real numbers: these tell
-        return _copied(backbone).eval()(image)
+        return copied(backbone).eval()(image)
 
 
 def _takes_images(backbone: nn.Module) -> None:

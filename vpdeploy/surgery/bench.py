@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
+from vpdeploy.models.copies import on_cpu
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import offsets
 from vpdeploy.surgery.limit import Limit, LimitError
-from vpdeploy.surgery.trace import modules_followed, on_cpu, twin_of
+from vpdeploy.surgery.trace import modules_followed, twin_of
 from vpdeploy.values import ChannelGroup
 
 DRAWS = 4  # of random weights, at most, until no group is dead

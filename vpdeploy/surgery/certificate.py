@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
+from vpdeploy.models.copies import on_cpu
 from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.norms import norms_without_statistics
-from vpdeploy.surgery.trace import on_cpu, twin_of
+from vpdeploy.surgery.trace import twin_of
 from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMask, GroupRecord, Selection
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vpdeploy.models.copies import on_meta
 from vpdeploy.surgery.bench import ALIVE, Bench, liveliest, noise, relative_difference
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
@@ -119,7 +120,7 @@ def _runnable(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> list[
 
     Bisected like the probe, where each step of a large network costs seconds. What meta tensors cannot tell is left to it.
     """
-    empty = twin_of(bench.redrawn, lambda tensor: torch.empty_like(tensor, device="meta"))
+    empty = twin_of(bench.redrawn, on_meta)
     x = torch.empty_like(bench.x, device="meta")
 
     def failure(some: Sequence[ChannelGroup]) -> str | None:

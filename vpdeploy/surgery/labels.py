@@ -8,7 +8,8 @@ input) never change. What a forward does to tensors joins labels; labels that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +34,15 @@ class Field:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is known of one tensor. No axis is covered by two fields. ``constant``: it does not depend on the image."""
+    """What is known of one tensor. No axis is covered by two fields. ``constant``: it does not depend on the image.
+
+    ``debts``: what has to be held if the tensor comes to anything, as bits (``LabelBook.deferred``).
+    """
 
     shape: tuple[int, ...]
     fields: tuple[Field, ...] = ()
     constant: bool = False
+    debts: int = 0
 
     def field(self, axis: int) -> Field | None:
         return next((field for field in self.fields if field.labels.shape[axis] > 1), None)
@@ -70,6 +75,9 @@ class LabelBook:
         self.count = 0
         self._joins: list[tuple[Ints, Ints]] = []
         self._said: dict[str, list[tuple[Ints, str]]] = {"rigid": [], "normalised": [], "suspect": []}
+        self._deferred: list[tuple[Ints, str]] = []
+        self._paid = 0
+        self._defers = False
 
     def fresh(self, count: int) -> Ints:
         self.count += count
@@ -83,7 +91,22 @@ class LabelBook:
 
     def hold(self, labels: Ints, why: str) -> None:
         """These channels can never go."""
-        self._said["rigid"].append((labels.ravel(), why))
+        (self._deferred if self._defers else self._said["rigid"]).append((labels.ravel(), why))
+
+    @contextmanager
+    def deferred(self) -> Iterator[Callable[[], int]]:
+        """What is held here is held once it is paid: a result that nobody uses holds nothing. Tells it as bits."""
+        first, self._defers = len(self._deferred), True
+        try:
+            yield lambda: (1 << len(self._deferred)) - (1 << first)
+        finally:
+            self._defers = False
+
+    def pay(self, debts: int) -> None:
+        """Hold what was deferred under these bits."""
+        owed = debts & ~self._paid
+        self._paid |= owed
+        self._said["rigid"] += [held for bit, held in enumerate(self._deferred) if owed >> bit & 1]
 
     def normalise(self, labels: Ints, why: str) -> None:
         """Statistics are taken over these channels: without some of them the others change."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vpdeploy.errors import SurgeryError
+from vpdeploy.models.attention.around import unfused_attention
+from vpdeploy.models.copies import Convert, copied, on_cpu
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.models.plain import plain
 from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
@@ -53,7 +54,6 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
     tensor, and when values of the image decide what runs.
     """
     twin = twin_of(backbone, on_cpu(torch.float32))
-    _with_own_buffers(twin)
     with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
@@ -77,6 +77,7 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
             outputs = [outputs, _in_training(twin, watch, example)]
     for tensor in tree_leaves(outputs):
         if isinstance(tensor, Tensor):
+            watch.book.pay(watch.known(tensor).debts)
             hold_all(watch.book, watch.known(tensor), "its channels are the network's outputs")
     if watch.choices and watch.unseen:
         unseen, *more = watch.unseen.values()
@@ -96,15 +97,6 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
     )
 
 
-def _with_own_buffers(twin: nn.Module) -> None:
-    """Copy the buffers of ``twin``: a forward in training mode writes statistics."""
-    own: dict[int, Tensor] = {}
-    for module in twin.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = own[id(buffer)] = own.get(id(buffer), buffer.clone())
-
-
 def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:
     """Outputs in training mode, None where it does not run: then nothing that belongs to it is known."""
     watch.training = True
@@ -119,22 +111,13 @@ def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:
         return None
 
 
-def twin_of(network: nn.Module, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
-    """A copy of ``network`` in eval mode that shares its tensors, but for those that ``convert`` makes anew.
-
-    Hooks and modes of the copy do not reach ``network``, and a large network is not in memory twice.
+def twin_of(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.Module:
+    """``models.copies.copied`` in eval mode, with a sentence where that fails.
 
     Raises: ModelError for what ``models.plain`` refuses, SurgeryError for others that cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for tensor in [*network.parameters(), *network.buffers()]:
-        values = tensor.detach()
-        changed = convert(values)
-        if changed is not values and isinstance(tensor, nn.Parameter):
-            changed = nn.Parameter(changed, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = tensor if changed is values else changed
     try:
-        return copy.deepcopy(network, memo).eval()
+        return copied(network, convert).eval()
     except Exception as e:
         plain(network, where="network")  # most often a hook computes a weight, and this says which and how to fold it
         raise SurgeryError(
@@ -142,21 +125,11 @@ def twin_of(network: nn.Module, convert: Callable[[Tensor], Tensor] = lambda ten
         ) from e
 
 
-def on_cpu(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """For ``twin_of``: every tensor on the CPU, floating ones of ``dtype``."""
-    return lambda tensor: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.to("cpu")
-
-
 @contextmanager
 def plain_attention() -> Iterator[None]:
     """Attention as plain products: the fused forms hide them, and torch 2.11 has no formula for the CPU's own."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with unfused_attention(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -264,5 +237,6 @@ class _Watch(TorchDispatchMode):
             Labelled((1, len(source), 1, 1), (along(source, 1, 4),)),
             f"{name} reads values that stay",
         )
-        self.learn(output, Labelled(tuple(output.shape), (along(target, 1, 4),)))
+        debts = self.known(args[0]).debts
+        self.learn(output, Labelled(tuple(output.shape), (along(target, 1, 4),), debts=debts))
         self.roles += [Role(source, "in", name), Role(target, "out", name)]

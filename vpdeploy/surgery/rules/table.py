@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -19,18 +21,26 @@ RULES: dict[str, Rule] = {
 
 
 def follow(call: Call) -> list[tuple[Tensor, Labelled]]:
-    """What is known of the outputs of ``call``; joins, products and roles are noted along the way."""
+    """What is known of the outputs of ``call``; joins, products and roles are noted along the way.
+
+    What the rule holds is owed by the outputs. Where one is written in place, it is held at once: others may share memory.
+    """
     outputs = [leaf for leaf in tree_leaves(call.output) if isinstance(leaf, Tensor)]
     constant = all(labelled.constant for labelled in call.known.values())
+    debts = reduce(or_, (labelled.debts for labelled in call.known.values()), 0)
     labelled: Sequence[Labelled] = []
     if call.name in products.RULES or any(known.fields for known in call.known.values()):
         rule = RULES.get(call.name.removesuffix("_")) or (
             elementwise.pointwise if torch.Tag.pointwise in call.func.tags else elementwise.unknown
         )
-        given = rule(call)
+        with call.book.deferred() as owed:
+            given = rule(call)
+            debts |= owed()
         labelled = [given] if isinstance(given, Labelled) else given
+    if not outputs or any(id(tensor) in call.known for tensor in outputs):
+        call.book.pay(debts)
     found = []
     for number, tensor in enumerate(outputs):
         fields = labelled[number].fields if number < len(labelled) else ()
-        found.append((tensor, Labelled(tuple(tensor.shape), fields, constant)))
+        found.append((tensor, Labelled(tuple(tensor.shape), fields, constant, debts)))
     return found

@@ -1,0 +1,82 @@
+"""What a network does around some of its modules: operations, not numbers; that an equal computes the same is tested by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vpdeploy.models.copies import copied, on_cpu, on_meta
+
+
+def operations(network: nn.Module, inside: Iterable[str], example: Tensor) -> list[str] | None:
+    """What a forward of ``network`` in eval mode does, in order: calls of the modules ``inside`` as one operation each, all
+    others with their numbers and the shapes that came out. None when the forward fails. example: [n, c, h, w].
+
+    Without arithmetic where meta tensors do; a forward in float32 on the CPU otherwise.
+    """
+    for convert, x in (
+        (on_meta, example.to("meta")),
+        (on_cpu(torch.float32), example.detach().to("cpu", torch.float32)),
+    ):
+        watch = _Watch()
+        try:
+            twin = copied(network, convert).eval()
+            for name in inside:
+                module = twin.get_submodule(name)
+                module.register_forward_pre_hook(watch.enter, with_kwargs=True)
+                module.register_forward_hook(watch.leave)
+            with torch.no_grad(), unfused_attention(), watch:
+                twin(x)
+        except Exception:
+            continue
+        return watch.seen
+    return None
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """nn.MultiheadAttention and nn.TransformerEncoder as operations, not as one kernel."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self._depth = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; the wrapper that would hide this mode imports torch._dynamo, 5 s
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._depth:
+            self.seen.append(f"call {_told((args, kwargs))}")
+        self._depth += 1
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seen.append(f"gives {_told(output)}")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self._depth:
+            self.seen.append(f"{func} {_told((args, kwargs))} {_told(output)}")
+        return output
+
+
+def _told(values: Any) -> list[str]:
+    """Shapes of tensors, other values as they are."""
+    return [str(list(leaf.shape)) if isinstance(leaf, Tensor) else str(leaf) for leaf in tree_leaves(values)]

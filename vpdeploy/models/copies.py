@@ -1,0 +1,43 @@
+"""Copies of networks that share their tensors, or hold other ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Convert = Callable[[Tensor], Tensor]
+
+
+def copied(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.Module:
+    """A copy of ``network`` that shares its parameters, but for those that ``convert`` makes anew.
+
+    Hooks and modes of the copy do not reach ``network``, nor do buffers that its forward writes; a large network is not in
+    memory twice.
+
+    Raises: whatever a part of the network that is no module, parameter or buffer raises when it is copied.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        values = parameter.detach()
+        changed = convert(values)
+        own = changed is not values
+        memo[id(parameter)] = nn.Parameter(changed, requires_grad=parameter.requires_grad) if own else parameter
+    for buffer in network.buffers():
+        values = buffer.detach()
+        changed = convert(values)
+        memo[id(buffer)] = values.clone() if changed is values else changed
+    return copy.deepcopy(network, memo)
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """For ``copied``: shapes and types alone, without numbers or memory."""
+    return torch.empty_like(tensor, device="meta")
+
+
+def on_cpu(dtype: torch.dtype) -> Convert:
+    """For ``copied``: every tensor on the CPU, floating ones of ``dtype``."""
+    return lambda tensor: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.to("cpu")
