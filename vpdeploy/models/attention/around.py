@@ -1,4 +1,4 @@
-"""What a network does around some of its modules: operations, not numbers; that an equal computes the same is tested by itself."""
+"""What a network does around some of its modules: operations, not numbers. That an equal computes the same is tested alone."""
 
 from __future__ import annotations
 
