@@ -211,9 +211,9 @@ def made(kind: Kind, **options: Any) -> nn.Module:
 
 
 def replaced(module: nn.Module) -> nn.Module:
-    new, names = replace_attention(module)
-    assert list(names) == [""]
-    return new
+    found = replace_attention(module, torch.zeros(1))  # of which there is nothing around it to see
+    assert list(found.replaced) == [""] and not found.left
+    return found.network
 
 
 def image(kind: Kind, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:

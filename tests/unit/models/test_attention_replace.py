@@ -15,9 +15,10 @@ from torchvision.models import maxvit, swin_transformer, vision_transformer
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.known import KNOWN
 from vpdeploy.models.attention.multihead import MultiheadAttention
-from vpdeploy.models.attention.replace import apply_replacements, replace_attention, unreplaced
+from vpdeploy.models.attention.replace import NOTICED, Replaced, apply_replacements, replace_attention
 
 SAME_FLOAT32 = 1e-5
+NOTHING = torch.zeros(1)  # for modules that are not called
 MULTIHEAD = "heads:torch.nn.MultiheadAttention"
 
 
@@ -59,12 +60,13 @@ def maxvit_t() -> nn.Module:
 def test_networks_keep_their_logits(make: Callable[[], nn.Module], size: int, count: int):
     network = randomise(make()).eval()
     before = copy.deepcopy(network.state_dict())
-    new, names = replace_attention(network)
     x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    found = replace_attention(network, x)
+    new, names = found.network, found.replaced
     with torch.no_grad():
         logits, again = network(x), new(x)
     assert logits.std() > 1e-2 and (again - logits).abs().max() <= SAME_FLOAT32 * logits.abs().max()
-    assert len(names) == count and not unreplaced(network) and replace_attention(new) == (new, {})
+    assert len(names) == count and not found.left and replace_attention(new, x) == Replaced(new, {}, {})
     # the network given is as it was, and shares nothing with the new one
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     theirs = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict().values()}
@@ -77,7 +79,7 @@ def test_networks_keep_their_logits(make: Callable[[], nn.Module], size: int, co
 
 def test_network_without_attention_is_itself():
     network = nn.Sequential(nn.Linear(2, 2))
-    assert replace_attention(network) == (network, {}) and unreplaced(network) == {}
+    assert replace_attention(network, NOTHING) == Replaced(network, {}, {})
 
 
 class Holder(nn.Module):
@@ -96,19 +98,19 @@ class Holder(nn.Module):
 
 
 def test_shared_modules_are_replaced_once_and_still_shared():
-    network = Holder()
-    new, names = replace_attention(network)
-    assert names == {"first": MULTIHEAD, "other": MULTIHEAD}
+    network, x = Holder(), torch.randn(2, 5, 8)
+    found = replace_attention(network, x)
+    new = found.network
+    assert found.replaced == {"first": MULTIHEAD, "other": MULTIHEAD} and not found.left
     assert new.first is new.again and isinstance(new.first, MultiheadAttention) and new.other is not new.first
-    x = torch.randn(2, 5, 8)
     assert torch.allclose(new(x), network(x), atol=1e-6)
 
 
 def test_a_shared_output_projection_is_still_shared():
     network = Holder()
     network.other.out_proj.weight = network.first.out_proj.weight
-    new, names = replace_attention(network)
-    assert len(names) == 2 and new.other.proj.weight is new.first.proj.weight
+    found = replace_attention(network, torch.randn(2, 5, 8))
+    assert len(found.replaced) == 2 and found.network.other.proj.weight is found.network.first.proj.weight
 
 
 def test_state_of_a_module_is_kept():
@@ -117,7 +119,7 @@ def test_state_of_a_module_is_kept():
     network["a"].in_proj_bias.requires_grad_(True)
     network["b"].eval().bfloat16()
     state = torch.get_rng_state()
-    new, _ = replace_attention(network)
+    new = replace_attention(network, NOTHING).network
     assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
     a, b = new["a"], new["b"]
     assert [name for name, parameter in a.named_parameters() if parameter.requires_grad] == [
@@ -131,7 +133,7 @@ def test_state_of_a_module_is_kept():
     assert {parameter.dtype for parameter in b.parameters()} == {torch.bfloat16}
     assert (b.k.in_features, b.v.in_features, b.q.out_features) == (6, 4, 8)
     # on the meta device, where nothing can be computed, shapes are enough
-    meta, _ = replace_attention(network.to("meta"))
+    meta = replace_attention(network.to("meta"), NOTHING).network
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
 
 
@@ -199,25 +201,25 @@ REASONS = [
 @pytest.mark.parametrize(("make", "reason"), REASONS)
 def test_what_cannot_be_replaced_is_left_with_the_reason(make: Callable[[], nn.Module], reason: str):
     network = nn.ModuleDict({"bad": make(), "good": nn.MultiheadAttention(8, 2)})
-    new, names = replace_attention(network)
-    assert names == {"good": MULTIHEAD} and type(new["bad"]) is type(network["bad"])
-    told = unreplaced(network)
-    assert list(told) == ["bad"] and told == unreplaced(new)
-    assert re.search(reason, told["bad"])
+    found = replace_attention(network, NOTHING)
+    assert found.replaced == {"good": MULTIHEAD} and type(found.network["bad"]) is type(network["bad"])
+    assert list(found.left) == ["bad"] and found.left == replace_attention(found.network, NOTHING).left
+    assert re.search(reason, found.left["bad"])
 
 
 def test_a_packed_projection_in_two_places_is_left():
     network = Holder()
     network.other.in_proj_weight = network.first.in_proj_weight
-    assert set(unreplaced(network)) == {"first", "other"}
-    assert "its in_proj_weight is used elsewhere" in unreplaced(network)["other"]
+    left = replace_attention(network, NOTHING).left
+    assert set(left) == {"first", "other"} and "its in_proj_weight is used elsewhere" in left["other"]
     network = nn.ModuleDict({"a": window(), "b": window()})
     network["b"].qkv = network["a"].qkv
-    assert "its qkv is used elsewhere" in unreplaced(network)["a"] and replace_attention(network)[1] == {}
+    found = replace_attention(network, NOTHING)
+    assert "its qkv is used elsewhere" in found.left["a"] and found.replaced == {}
 
 
 def test_a_subclass_that_changes_nothing_is_replaced():
-    assert replace_attention(nn.ModuleDict({"a": Renamed(8, 2)}))[1] == {"a": MULTIHEAD}
+    assert replace_attention(nn.ModuleDict({"a": Renamed(8, 2)}), NOTHING).replaced == {"a": MULTIHEAD}
 
 
 def test_replay_that_does_not_fit_says_so():
@@ -246,9 +248,10 @@ def test_a_subclass_is_known_before_its_base():
 def test_transformer_encoder_still_works(training: bool, padding: bool):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     network = randomise(nn.TransformerEncoder(layer, 2)).train(training)
-    new, names = replace_attention(network)
-    assert names == {"layers.0.self_attn": MULTIHEAD, "layers.1.self_attn": MULTIHEAD}
     x = torch.randn(3, 5, 8)
+    found = replace_attention(network, x)
+    new = found.network
+    assert found.replaced == {"layers.0.self_attn": MULTIHEAD, "layers.1.self_attn": MULTIHEAD}
     hidden = torch.arange(5) >= torch.tensor([[5], [3], [4]]) if padding else None
     with torch.no_grad():
         expected, got = (net(x, src_key_padding_mask=hidden) for net in (network, new))
@@ -259,7 +262,7 @@ def test_transformer_encoder_still_works(training: bool, padding: bool):
 
 def test_a_new_transformer_encoder_takes_a_replaced_layer():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
-    new, _ = replace_attention(layer)
+    new = replace_attention(layer, NOTHING).network
     with pytest.warns(UserWarning, match="use_nested_tensor is False"):
         encoder = nn.TransformerEncoder(new, 2).eval()
     x = torch.randn(3, 5, 8)
@@ -268,8 +271,9 @@ def test_a_new_transformer_encoder_takes_a_replaced_layer():
 
 def test_transformer_decoder_still_works():
     network = randomise(nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0), 2)).eval()
-    new, names = replace_attention(network)
-    assert len(names) == 4
+    found = replace_attention(network, NOTHING)
+    new = found.network
+    assert len(found.replaced) == 4
     target, memory = torch.randn(4, 3, 8), torch.randn(6, 3, 8)
     mask = nn.Transformer.generate_square_subsequent_mask(4)
     with torch.no_grad():

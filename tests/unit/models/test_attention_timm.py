@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from vpdeploy.models.attention.replace import replace_attention, unreplaced
+from vpdeploy.models.attention.replace import Replaced, replace_attention
 
 timm = pytest.importorskip("timm")
 from timm.layers import attention  # noqa: E402
 from timm.models import eva, maxxvit, swin_transformer, swin_transformer_v2, vision_transformer  # noqa: E402
 
 SAME_FLOAT32 = 1e-5
+NOTHING = torch.zeros(1)  # for modules that are not called
 SMALL = {"img_size": 32, "num_classes": 5}
 TRANSFORMER = {**SMALL, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 SWIN = {**SMALL, "embed_dim": 12, "depths": (2, 2), "num_heads": (3, 3), "window_size": 4}
@@ -58,11 +59,11 @@ def test_networks_keep_their_logits(make: Callable[[], nn.Module], kind: str, co
     network = make().eval()
     for parameter in network.parameters():
         parameter.data.add_(torch.randn(parameter.shape) * 0.2)
-    new, names = replace_attention(network)
-    assert list(names.values()) == [f"heads:{kind}"] * count and not unreplaced(network)
     x = torch.randn(3, 3, 32, 32)
+    found = replace_attention(network, x)
+    assert list(found.replaced.values()) == [f"heads:{kind}"] * count and not found.left
     with torch.no_grad():
-        logits, again = network(x), new(x)
+        logits, again = network(x), found.network(x)
     assert logits.std() > 1e-2 and (again - logits).abs().max() <= SAME_FLOAT32 * logits.abs().max()
 
 
@@ -110,28 +111,30 @@ REASONS = [
 @pytest.mark.parametrize(("make", "reason"), REASONS)
 def test_what_cannot_be_replaced_is_left_with_the_reason(make: Callable[[], nn.Module], reason: str):
     network = nn.ModuleDict({"bad": make()})
-    assert replace_attention(network) == (network, {})
-    assert reason in unreplaced(network)["bad"]
+    found = replace_attention(network, NOTHING)
+    assert found == Replaced(network, {}, found.left)
+    assert reason in found.left["bad"]
 
 
 def test_a_bias_that_two_modules_share_is_left():
     bias = timm.layers.pos_embed_rel.RelPosBias((2, 3), 3)
     network = nn.ModuleDict({name: map_attention(lambda **options: bias) for name in "ab"})
-    assert "its rel_pos is used elsewhere" in unreplaced(network)["b"] and len(unreplaced(network)) == 2
+    left = replace_attention(network, NOTHING).left
+    assert "its rel_pos is used elsewhere" in left["b"] and len(left) == 2
 
 
 def test_a_table_by_head_keeps_whether_it_learns():
     module = map_attention(lambda **options: timm.layers.pos_embed_rel.RelPosBiasTf((2, 3), **options))
     module.rel_pos.requires_grad_(False)
-    new, _ = replace_attention(module)
+    new = replace_attention(module, NOTHING).network
     names = [name for name, parameter in new.named_parameters() if not parameter.requires_grad]
     assert names == ["attention.position_bias.table"]
 
 
 def test_neither_timm_nor_torchvision_is_imported_for_it():
     code = (
-        "import sys; from torch import nn; from vpdeploy.models.attention.replace import replace_attention;"
-        "assert len(replace_attention(nn.MultiheadAttention(4, 2))[1]) == 1;"
+        "import sys, torch; from torch import nn; from vpdeploy.models.attention.replace import replace_attention;"
+        "assert len(replace_attention(nn.MultiheadAttention(4, 2), torch.zeros(1)).replaced) == 1;"
         "sys.exit(any(name.partition('.')[0] in ('timm', 'torchvision') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
