@@ -15,7 +15,7 @@ from torchvision.models import maxvit, swin_transformer, vision_transformer
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.known import KNOWN
 from vpdeploy.models.attention.multihead import MultiheadAttention
-from vpdeploy.models.attention.replace import NOTICED, Replaced, apply_replacements, replace_attention
+from vpdeploy.models.attention.replace import Replaced, apply_replacements, replace_attention
 
 SAME_FLOAT32 = 1e-5
 NOTHING = torch.zeros(1)  # for modules that are not called

@@ -57,7 +57,7 @@ def _noticed(network: nn.Module, chosen: Chosen, example: Tensor, dense: list[st
     """
 
     def same(some: Chosen) -> bool:
-        return operations(_exchange(network, some, share=True), some, example) == dense
+        return operations(_exchange(network, some, share=True), chosen, example) == dense
 
     if dense is None or same(chosen):
         return []
