@@ -20,18 +20,22 @@ DRAWS = 4  # of random weights, at most, until no group is dead
 ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
 LARGE = 128  # pixels; from there on one image is probed
 HEAVY = 10**8  # parameters; beyond, memory is short before time
+PARAMETRIZED = ".parametrizations."
 SIDES = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What probes share: a redrawn float64 network, a small input, its output, a large input."""
+    """What probes share: a redrawn float64 network, a small input, its output, a large input. ``trains``: that the forward in
+    training mode runs is seen, too.
+    """
 
     redrawn: nn.Module
     x: Tensor
     full: Tensor
     large: Tensor | None = None
     limit: Limit = field(default_factory=Limit)
+    trains: bool = False
 
 
 def liveliest(
@@ -124,12 +128,15 @@ def noise(batch: int, shape: Sequence[int]) -> Tensor:
 
 
 def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
-    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it.
+    """Give every parameter and norm statistic of ``network`` a random value, in place, and return it; parametrizations as they
+    are.
 
     A buffer without negative values keeps none: under any name but running_mean it may be a variance, whose root is taken.
     """
     generator = torch.Generator().manual_seed(seed)
-    for tensor in network.parameters():
+    for name, tensor in network.named_parameters():
+        if PARAMETRIZED in name:
+            continue  # what computes a weight of it may take few values: an orthogonal one would become zero
         fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
         scale = fan_in**-0.5 * (2**0.5 if tensor.ndim > 1 else 0.5)
         # In place, since one layer may hold most of a network; of variance scale**2, and drawn faster than normal ones.
@@ -137,7 +144,7 @@ def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
         if tensor.ndim <= 1:
             tensor.data += 0.5  # scales stay away from 0, shifts from symmetry
     for name, tensor in network.named_buffers():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and PARAMETRIZED not in name:
             drawn = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
             unsigned = bool((tensor >= 0).all() and (tensor > 0).any()) and not name.endswith("running_mean")
             positive = unsigned or name.endswith("running_var")

@@ -13,6 +13,7 @@ from vpdeploy.models.copies import on_cpu
 from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.norms import norms_without_statistics
+from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.trace import twin_of
 from vpdeploy.values import Certificate, ChannelGroup, ChannelGroups, ChannelMask, GroupRecord, Selection
 
@@ -70,7 +71,9 @@ def certify(
     with torch.no_grad():
         on_real, on_noise, but_for_norms = difference(real), difference(noise), None
         few = real[:EFFECT_IMAGES]
-        effect = relative_difference(gated(few, torch.ones_like(row)), gated(few, row))
+        dense = gated(few, torch.ones_like(row))
+        effect = relative_difference(dense, gated(few, row))
+        spread = _spread(torch.cat([dense, gated(noise, torch.ones_like(row))]))
         if any(record.status == "approximate" and record.kept < record.width for record in records):
             with norms_without_statistics():
                 but_for_norms = max(difference(few), difference(noise))
@@ -83,8 +86,26 @@ def certify(
     if not agreement <= AGREEMENT:
         raise SurgeryError(
             f"masked and pruned logits differ by {agreement:.2g} of the largest on {len(real)} real images and "
-            f"{RANDOM_IMAGES} random ones; expected at most {AGREEMENT:g}: removal is not exact for this network, please "
-            "report it with the recipe"
+            f"{RANDOM_IMAGES} random ones; expected at most {AGREEMENT:g}: {_cause(source, pruned, few)}"
+        )
+    if not spread >= AGREEMENT:
+        raise SurgeryError(
+            f"the network gives {len(few) + len(noise)} images logits that differ by {spread:.2g} of the largest; expected "
+            f"at least {AGREEMENT:g}, or that masked and pruned agree proves nothing: its classifier may still be zero, give it "
+            "weights first"
         )
     budget = (selection.budget, selection.requested, selection.reached)
     return Certificate(on_real, len(real), on_noise, but_for_norms, effect, *budget, records)
+
+
+def _spread(logits: Tensor) -> float:
+    """The largest range of one logit over the images, of the largest there is. logits: [n, k]."""
+    scale = float(logits.abs().max())
+    return float((logits.amax(dim=0) - logits.amin(dim=0)).max()) / scale if scale else 0.0
+
+
+def _cause(dense: nn.Module, pruned: nn.Module, images: Tensor) -> str:
+    change = first_change(dense, pruned, images)
+    if change is None:
+        return "removal is not exact for this network, please report it with the network's code"
+    return f"the forward depends on widths; {change}. Write it so that it does the same at any width, or ask for another ratio"

@@ -12,13 +12,14 @@ from vpdeploy.models.copies import on_meta
 from vpdeploy.surgery.bench import ALIVE, Bench, liveliest, noise, relative_difference
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
-from vpdeploy.surgery.halves import HALVES, Half, one_left
+from vpdeploy.surgery.halves import HALVES, one_left
 from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.norms import norms_without_statistics
+from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.rules.views import BY_NUMBER
 from vpdeploy.surgery.trace import in_module, look, modules_followed, told, twin_of
-from vpdeploy.values import ChannelGroup, ChannelGroups
+from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating all groups must change the logits by this much, relative, or the probe saw nothing
@@ -80,41 +81,63 @@ def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float)
     ``control``: how much gating all of them must change.
     """
     small = replace(bench, large=None)
-    probes = [*((small, half) for half in HALVES[:-1]), (bench, HALVES[-1])]
+    masks = [half(candidates) for half in HALVES]  # of all: a group meets the same fate alone and beside others
+    probes = [*((small, mask) for mask in masks[:-1]), (replace(bench, trains=True), masks[-1])]
     verdicts = {group.root: group for group in candidates}
     doubted = any(group.status == "excluded" for group in candidates)
 
     def standing(roots: Iterable[str]) -> list[ChannelGroup]:
         return [verdicts[root] for root in roots if verdicts[root].status != "excluded"]
 
-    def decide(place: Bench, roots: Sequence[str], half: Half, of_all: float) -> None:
+    def decide(place: Bench, roots: Sequence[str], mask: ChannelMask, of_all: float) -> None:
         nonlocal doubted
         if not (groups := standing(roots)):
             return
-        together = _verdict(place, groups, half, control=_control(groups, candidates, of_all))
+        together = _verdict(place, groups, mask, control=_control(groups, candidates, of_all))
         if together.status == "exact":
             verdicts.update((group.root, _under(together, group)) for group in groups)
             return
         doubted = True
-        verdicts.update((group.root, group) for group in _runnable(place, groups, half))
-        verdicts.update((group.root, group) for group in _bisected(place, standing(roots), half))
+        verdicts.update((group.root, group) for group in _runnable(place, groups, mask))
+        verdicts.update((group.root, group) for group in _bisected(place, standing(roots), mask))
 
     roots = list(verdicts)
-    for place, half in probes:
-        decide(place, roots, half, control)
+    for place, mask in probes:
+        decide(place, roots, mask, control)
     for some in _apart([group.root for group in candidates if BY_NUMBER in group.reason]):
-        decide(small, some, one_left, ALIVE)
-    accepted = standing(roots)
-    if doubted and accepted:
-        for place, half in probes:
-            together = _verdict(place, accepted, half, control=_control(accepted, candidates, control))
-            if together.status != "exact":  # exact alone, not together: nothing can be promised
-                reason = f"together with others {together.reason}"
-                verdicts |= {g.root: replace(g, status="excluded", reason=reason) for g in accepted}
+        decide(small, some, one_left(candidates), ALIVE)
+    while doubted and (accepted := standing(roots)):
+        doubted = False
+        for place, mask in probes:
+            for group in _not_beside_others(place, accepted, mask, _control(accepted, candidates, control)):
+                verdicts[group.root], doubted = group, True
     return verdicts
 
 
-def _runnable(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> list[ChannelGroup]:
+def _not_beside_others(
+    bench: Bench, groups: Sequence[ChannelGroup], mask: ChannelMask, control: float
+) -> list[ChannelGroup]:
+    """Those of ``groups``, each exact alone, that are not beside the ones before them, excluded with the reason."""
+    apart: list[ChannelGroup] = []
+
+    def grown(taken: list[ChannelGroup], more: Sequence[ChannelGroup], control: float) -> list[ChannelGroup]:
+        """``taken``, which agree, and those of ``more`` that agree with them."""
+        both = [*taken, *more]
+        verdict = _verdict(bench, both, mask, control=control)
+        if verdict.status == "exact":
+            return both
+        if len(more) == 1 or (verdict.difference is not None and verdict.difference <= EXACT):  # they change too little
+            reason = f"together with others {verdict.reason}"
+            apart.extend(replace(group, status="excluded", reason=reason) for group in more)
+            return taken
+        middle = len(more) // 2
+        return grown(grown(taken, more[:middle], ALIVE), more[middle:], ALIVE)
+
+    grown([], groups, control)
+    return apart
+
+
+def _runnable(bench: Bench, groups: Sequence[ChannelGroup], mask: ChannelMask) -> list[ChannelGroup]:
     """Those of ``groups`` that meta tensors can judge, without arithmetic: excluded where the forward does not run without
     them.
 
@@ -126,7 +149,7 @@ def _runnable(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> list[
     def failure(some: Sequence[ChannelGroup]) -> str | None:
         inside: list[str] = []
         try:
-            small = cut(empty, plan(empty, some, half(some))) if some else empty
+            small = cut(empty, plan(empty, some, mask)) if some else empty
             with torch.no_grad(), modules_followed(small, bench.limit) as inside:
                 small(x)
         except LimitError:
@@ -163,11 +186,12 @@ def _approximate(
         standing = [replace(group, status="exact") for group in candidates if group.status != "excluded"]
         exact = list(_agreed(calm, standing, control=ALIVE).values())
         taken = [g for g in exact if g.status == "exact"]
-        if taken and beside and _verdict(calm, [*beside, *taken], HALVES[0], control=ALIVE).status != "exact":
+        both = [*beside, *taken]
+        if taken and beside and _verdict(calm, both, HALVES[0](both), control=ALIVE).status != "exact":
             exact = [replace(g, status="excluded", reason="not exact together with the other groups") for g in exact]
     for group in exact:
         if group.status == "exact":
-            whole = _verdict(bench, [replace(group, difference=None)], HALVES[0], control=ALIVE)
+            whole = _verdict(bench, [replace(group, difference=None)], HALVES[0]([group]), control=ALIVE)
             why = verdicts[group.root].reason
             if whole.difference is None:  # the norm itself does not take the new width
                 group = replace(whole, reason=f"{why}; {whole.reason}")
@@ -192,27 +216,26 @@ def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup],
     return of_all if len(groups) == len(candidates) else ALIVE
 
 
-def _bisected(bench: Bench, groups: Sequence[ChannelGroup], half: Half) -> Iterator[ChannelGroup]:
+def _bisected(bench: Bench, groups: Sequence[ChannelGroup], mask: ChannelMask) -> Iterator[ChannelGroup]:
     """``groups``, which do not agree all together, each under the verdict on the largest part of them that it was found in."""
     middle = len(groups) // 2
     for part in filter(None, (groups[:middle], groups[middle:])):
-        verdict = _verdict(bench, part, half, control=ALIVE)
+        verdict = _verdict(bench, part, mask, control=ALIVE)
         if verdict.status == "exact" or len(part) == 1:
             yield from (_under(verdict, group) for group in part)
         else:
-            yield from _bisected(bench, part, half)
+            yield from _bisected(bench, part, mask)
 
 
 def _under(verdict: ChannelGroup, group: ChannelGroup) -> ChannelGroup:
     return replace(group, status=verdict.status, reason=verdict.reason, difference=verdict.difference)
 
 
-def _verdict(bench: Bench, groups: Sequence[ChannelGroup], half: Half, *, control: float) -> ChannelGroup:
+def _verdict(bench: Bench, groups: Sequence[ChannelGroup], mask: ChannelMask, *, control: float) -> ChannelGroup:
     """One verdict for all ``groups`` together, on the first of them. ``control``: how much gating them must change."""
     narrow = next((group for group in groups if group.width < 2), None)
     if narrow is not None:
         return replace(groups[0], status="excluded", reason="it is one channel wide")
-    mask = half(groups)
     row = mask_row(groups, mask, dtype=torch.float64)
     inside: list[str] = []
     try:
@@ -239,9 +262,34 @@ def _verdict(bench: Bench, groups: Sequence[ChannelGroup], half: Half, *, contro
             reason = f"not probed: two forwards of the network on the same input differ by {again:.2g}, in eval mode"
             return replace(groups[0], status="excluded", reason=reason)
         reason = f"masked and removed differ by {difference:.2g} of the largest logit{where}"
+        if (change := first_change(bench.redrawn, small, bench.x if bench.large is None else bench.large)) is not None:
+            reason += f": the forward depends on widths; {change}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
     change = relative_difference(bench.full, masked)
     if not change >= control:
         reason = f"not probed: masking it changes the logits by only {change:.2g}"
         return replace(groups[0], status="excluded", reason=reason, difference=difference)
+    if bench.trains and (failure := _fails_in_training(small, bench)) is not None:
+        return replace(groups[0], status="excluded", reason=f"removing its channels fails in training mode{failure}")
     return replace(groups[0], status="exact", reason="", difference=difference)
+
+
+def _fails_in_training(small: nn.Module, bench: Bench) -> str | None:
+    """Where and how the forward of ``small`` in training mode fails, if that of the whole network does not: it could not be
+    tuned.
+    """
+    failure = _training_failure(small, bench)
+    return None if failure is None or _training_failure(twin_of(bench.redrawn), bench) is not None else failure
+
+
+def _training_failure(network: nn.Module, bench: Bench) -> str | None:
+    x = bench.x if len(bench.x) > 1 else bench.x.repeat(2, 1, 1, 1)  # norms need two images
+    inside: list[str] = []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), modules_followed(network, bench.limit) as inside:
+            network.train()(x)
+    except LimitError:
+        raise
+    except Exception as e:
+        return f"{in_module(inside)}: {told(e)}"
+    return None

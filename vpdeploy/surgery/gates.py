@@ -70,14 +70,17 @@ class Gated(nn.Module):
                 # The weight's axis is what one group reads: all read the same positions.
                 place = place.repeat(reader.groups)
             self.register_buffer(f"place_{number}", place, persistent=False)
-            reader.register_forward_pre_hook(partial(self._gate, number, isinstance(reader, nn.Linear)))
+            gate = partial(self._gate, number, isinstance(reader, nn.Linear))
+            reader.register_forward_pre_hook(gate, with_kwargs=True)
 
-    def _gate(self, number: int, last: bool, reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _gate(
+        self, number: int, last: bool, reader: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         assert self._values is not None, "a gated network is called through Gated"
-        x, *rest = args
+        x, *rest = args or kwargs.values()  # readers take one tensor, by place or by name
         mask = self._values[getattr(self, f"place_{number}")]
         shaped = mask if last else mask.view(-1, *(1,) * (x.ndim - 2))
-        return (_Multiply.apply(x, shaped), *rest)  # type: ignore[return-value]
+        return (_Multiply.apply(x, shaped), *rest), {} if not args else kwargs  # type: ignore[return-value]
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         self._values = torch.cat([values, values.new_ones(1)])

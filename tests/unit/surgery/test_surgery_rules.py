@@ -76,6 +76,8 @@ def watched(case: Case, monkeypatch: pytest.MonkeyPatch) -> Watched:
         watch.learn(tensor, Labelled(shape, tuple(along(labels[-1][axis], axis, len(shape)) for axis in axes)))
     with plain_attention(), watch:
         outputs = run(case, tensors)
+    for output in outputs:
+        watch.book.pay(watch.known(output).debts)
     return Watched(outputs, [watch.known(tensor) for tensor in outputs], labels, watch.book.components(), names)
 
 

@@ -9,6 +9,10 @@ from vpdeploy.surgery.rules.call import Call, Rule
 
 def _batch_norm(call: Call) -> list[Labelled]:
     x = call.first
+    if call.arg("training"):  # as weight standardisation, whose batch are the inputs of a filter
+        for f in x.fields:
+            if 1 not in f.covered:
+                call.book.normalise(f.labels, _normalised(call))
     for tensor in call.tensors[1:]:
         x = merge(call.book, x, on_axis(call.at(tensor), 1, len(x.shape)), f"{call.place} has channels that stay")
     return [x]

@@ -75,8 +75,11 @@ def _note_product(call: Call, axes: Sequence[tuple[Labelled, int]], *, total: fl
     labels = []
     for tensor, axis in axes:
         f = tensor.field(axis)
-        if f is not None and f.covered == (axis,):
-            labels.append(f.labels.ravel())
+        if f is None:
+            continue
+        nesting = f.nesting
+        if axis == min(f.covered, key=lambda i: nesting[i]):  # heads stand for what is in them
+            labels.append(np.moveaxis(f.labels, axis, 0).reshape(f.labels.shape[axis], -1)[:, 0])
             total /= tensor.shape[axis]
     constant = all(known.constant for known in call.known.values())
     call.products.append(Product(tuple(labels), total, constant))
