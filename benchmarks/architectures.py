@@ -2,7 +2,8 @@
 
 Random weights, with zero heads and zero scales redrawn and norm statistics taken from pictures before and after the cut, so that
 parity means something.
-Each network gets processes of its own; what is done is kept in the JSON file and not done again.
+Each network gets processes of its own; what is done is kept in the JSON file and not done again. The first command measures; the
+page is written by the second one alone, from that file.
 
     uv run python benchmarks/architectures.py [NAME...] [--part inspect] [--again] [--results docs/results/architectures.json]
     uv run python benchmarks/architectures.py --page docs/architectures.md
