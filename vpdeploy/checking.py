@@ -1,11 +1,12 @@
 """What a recipe needs of this machine: names that are known here, files that exist. torch is imported only where
-torchvision or timm must be asked for a name.
+torchvision or timm must be asked for a name, or torch for a GPU.
 
 The layers that open these things check again, for whoever calls them without a command line.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import os
@@ -22,11 +23,13 @@ from vpdeploy.data.archives import list_zip
 from vpdeploy.data.folders import no_such_root
 from vpdeploy.data.sources import KNOWN, unknown_set
 from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
-from vpdeploy.errors import DataError, ModelError
+from vpdeploy.errors import DataError, ModelError, VpdeployError
 from vpdeploy.models.names import CIFAR_RESNETS, PUBLISHERS, no_such_file, no_such_module, unknown_network
 from vpdeploy.models.published import published_input
 from vpdeploy.recipe.problems import Problem
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe
+
+DYNAMIC = {"globals", "exec", "setattr", "vars", "locals"}  # by which a file may define what its text does not show
 
 
 def outside_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -41,6 +44,8 @@ def outside_problems(recipe: Recipe) -> Iterator[Problem]:
         yield ("data.name",), unknown_set(recipe.data.name)
     for text in _root(recipe.data):
         yield ("data.root", "data.name"), text
+    for text in _device(recipe.compute.device):
+        yield ("compute.device",), text
 
 
 def own_input(model: ModelTable) -> Mapping[str, Any]:
@@ -66,8 +71,50 @@ def _network(name: str) -> Iterator[str]:
     elif source.endswith(".py"):
         if not Path(source).is_file():
             yield no_such_file(name, Path(source)) + (_near(Path(source)) or ": check the path")
+        else:
+            yield from _factory(name, Path(source), factory)
     elif not _is_importable(source.partition(".")[0]):
         yield no_such_module(name, source.partition(".")[0])
+
+
+def _factory(name: str, path: Path, factory: str) -> Iterator[str]:
+    """Whether the file at ``path`` may define ``factory``, by its text. Nothing of it runs."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError, OSError) as e:
+        yield f"model.name: got {name!r}, where {path} is no Python that can be read ({e}); expected a module: mend it"
+        return
+    defined, used = set[str](), set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=found) | ast.AsyncFunctionDef(name=found) | ast.ClassDef(name=found):
+                defined.add(found)
+            case ast.alias(name=found, asname=other):
+                defined.add(other or found.partition(".")[0])
+            case ast.Name(id=found, ctx=ast.Store()):
+                defined.add(found)
+            case ast.Name(id=found):
+                used.add(found)
+    if factory not in defined and not defined & {"*", "__getattr__"} and not used & DYNAMIC:
+        public = sorted(found for found in defined if not found.startswith("_"))
+        near = difflib.get_close_matches(factory, public, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else "check the name"
+        yield (
+            f"model.name: got {name!r}; {path} defines no {factory!r}; expected a class or function that returns an "
+            f"nn.Module: {hint}"
+        )
+
+
+def _device(name: str) -> Iterator[str]:
+    """Only a GPU may lack. torch is asked, which takes seconds to import."""
+    if not name.startswith("cuda"):
+        return
+    from vpdeploy.training.compute import find_device
+
+    try:
+        find_device(name)
+    except VpdeployError as e:
+        yield str(e)
 
 
 def _publisher(name: str) -> ModuleType:

@@ -18,12 +18,27 @@ from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.recipe.writing import dump_recipe
 from vpdeploy.stages import read_recipe
 
+NET = """
+raise SystemExit("nothing of it runs")
+import json.decoder
+from torchvision.models import resnet18 as small
+if json:
+    class anything: ...
+else:
+    f = anything
+def g():
+    print(h)
+"""
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A folder with the quickstart recipe and some of what a recipe may name; the current folder, too."""
     shutil.copy(QUICKSTART, tmp_path / "r.toml")
-    (tmp_path / "net.py").write_text("")
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "dynamic.py").write_text("globals()['f'] = dict\n")
+    (tmp_path / "passes_on.py").write_text("from net import *\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "trained.pth").write_bytes(b"")
     (tmp_path / "images").mkdir()
     (tmp_path / "page.html").write_text("no zip")
@@ -78,6 +93,21 @@ CASES = [
         "model.name: got '{}/nett.py:f'; no such file {}/nett.py; expected path/to/file.py:factory; "
         "did you mean 'net.py', in that folder?",
     ),
+    (
+        "model.name=net.py:anythink",
+        "model.name: got '{}/net.py:anythink'; {}/net.py defines no 'anythink'; expected a class or function that returns "
+        "an nn.Module: did you mean 'anything'?",
+    ),
+    (
+        "model.name=net.py:h",  # which it only reads
+        "model.name: got '{}/net.py:h'; {}/net.py defines no 'h'; expected a class or function that returns an nn.Module: "
+        "check the name",
+    ),
+    (
+        "model.name=broken.py:f",
+        "model.name: got '{}/broken.py:f', where {}/broken.py is no Python that can be read (invalid syntax (broken.py, ...",
+    ),
+    ("compute.device=cuda:99", "compute.device: got 'cuda:99', which is not usable here (..."),
     (
         "model.name=nowhere.at:all",
         "model.name: got 'nowhere.at:all'; no module named 'nowhere' in this environment or the current folder; "
@@ -172,6 +202,11 @@ def test_every_problem_is_told_at_once_and_nothing_is_begun(place, capsys, comma
     "values",
     [
         ("model.name=net.py:anything", "model.weights=trained.pth"),
+        ("model.name=net.py:small",),
+        ("model.name=net.py:f",),
+        ("model.name=net.py:json",),
+        ("model.name=dynamic.py:f",),
+        ("model.name=passes_on.py:f",),
         ("model.name=json.decoder:JSONDecoder",),
         ("model.name=net:anything",),  # a module of the current folder
         ("model.name=__main__:anything",),
