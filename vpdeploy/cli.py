@@ -195,22 +195,29 @@ def inspect(
     size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="side of the model's input, pixels; otherwise its own")
     ] = None,
+    limit_seconds: Annotated[float, typer.Option(min=0.0, help="how long the analysis may take")] = 600.0,
+    limit_gib: Annotated[
+        float | None, typer.Option(min=0.0, help="what memory it may take; otherwise 24, or 0.9 of a smaller machine's")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Show what can be removed, what is excluded and why, and how small the network can get. Nothing is trained."""
+    from vpdeploy.surgery.limit import Limit
+
+    limit = Limit(limit_seconds) if limit_gib is None else Limit(limit_seconds, limit_gib)
     if what.endswith(".toml"):
         if size is not None:
             raise typer.BadParameter("--size goes with a model; a recipe has input.canvas_size (--set)")
         loaded = _load(Path(what), set_)
         from vpdeploy.inspection import inspect_recipe
 
-        found = inspect_recipe(loaded)
+        found = inspect_recipe(loaded, limit=limit)
     else:
         if set_:
             raise typer.BadParameter("--set goes with a recipe; a model has --size")
         from vpdeploy.inspection import inspect_model
 
-        found = inspect_model(what, size=size)
+        found = inspect_model(what, size=size, limit=limit)
     if as_json:
         sys.stdout.write(json.dumps(found.as_json(), indent=1) + "\n")
     else:
@@ -226,8 +233,10 @@ def _print_inspection(found) -> None:
             row.status, f"[red]{row.status}[/]"
         )
         share = f"{row.macs_share:.1%}"
-        shown = "" if first == stage else first
-        table.add_row(shown, _plain(row.root), str(row.width), share, str(row.narrowest), status, _plain(row.reason))
+        shown, reason = "" if first == stage else first, _plain(row.reason)
+        if row.status == "approximate" and row.difference is not None:
+            reason = f"{row.difference:.2g} of the largest logit: {reason}"
+        table.add_row(shown, _plain(row.root), str(row.width), share, str(row.narrowest), status, reason)
         stage = first
     out.print(table)
     replaced = [name for name, kind in found.attention.items() if kind.startswith("heads:")]

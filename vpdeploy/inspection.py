@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from vpdeploy.data.sources import open_source
+from vpdeploy.errors import ModelError
 from vpdeploy.measure.memory import peak_rss_mib
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.build import build, check_forward
@@ -64,7 +67,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_recipe(recipe: Recipe) -> Inspection:
+def inspect_recipe(recipe: Recipe, *, limit: Limit | None = None) -> Inspection:
     """Group and probe the recipe's network; nothing is trained, no image is decoded.
 
     Raises: DataError, ModelError, SurgeryError for what cannot be analysed; LimitError for what takes too much.
@@ -73,25 +76,37 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     built = build(recipe.model, classes=len(source.classes), seed=recipe.seed)
     outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
     size = recipe.input.canvas
-    return _inspected(recipe.model.name, built.backbone, size=size, classes=outputs, budget=recipe.budget)
+    with _analysis(limit) as limit:
+        check_forward(built.backbone, canvas_size=size, classes=outputs)
+        return _inspected(recipe.model.name, built.backbone, size=size, budget=recipe.budget, limit=limit)
 
 
-def inspect_model(name: str, *, size: int | None = None) -> Inspection:
+def inspect_model(name: str, *, size: int | None = None, limit: Limit | None = None) -> Inspection:
     """Group and probe the network ``name`` with random weights, as ``model.name`` of a recipe takes it.
 
     ``size``: side of its input, pixels; None: what the network was published for.
 
     Raises: ModelError, SurgeryError for what cannot be analysed; LimitError for what takes too much.
     """
-    named = model_from(name)
-    side = size or named.input.image_size
-    return _inspected(name, named.backbone, size=side, classes=named.classes, budget=BudgetTable(macs_ratio=0.5))
+    try:
+        named = model_from(name)
+        side = size or named.input.image_size
+        with _analysis(limit) as limit:
+            check_forward(named.backbone, canvas_size=side, classes=named.classes, by_name=True)
+            return _inspected(name, named.backbone, size=side, budget=BudgetTable(macs_ratio=0.5), limit=limit)
+    except ModelError as e:
+        raise ModelError(str(e).removeprefix("model.name: ")) from e  # there is no recipe that has this key
 
 
-def _inspected(name: str, backbone: nn.Module, *, size: int, classes: int, budget: BudgetTable) -> Inspection:
-    began = time.perf_counter()
-    check_forward(backbone, canvas_size=size, classes=classes)
-    example, limit = example_input(size, batch=1), Limit()
+@contextmanager
+def _analysis(limit: Limit | None) -> Iterator[Limit]:
+    """The limit, begun and enforced. What a user's forward prints goes to stderr, as what the factory prints does."""
+    with (limit or Limit()).enforced() as begun, redirect_stdout(sys.stderr):
+        yield begun
+
+
+def _inspected(name: str, backbone: nn.Module, *, size: int, budget: BudgetTable, limit: Limit) -> Inspection:
+    began, example = time.perf_counter(), example_input(size, batch=1)
     attention = replace_attention(backbone, example, share=True)
     backbone = attention.network
     seen = look(backbone, example, limit=limit)

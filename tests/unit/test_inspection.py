@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
-from vpdeploy.surgery.limit import Limit
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,27 @@ def test_a_file_and_its_factory(capsys, tmp_path):
     assert computed["status"] == "excluded" and "remove_parametrizations" in computed["reason"]
 
 
+WIDE = """
+from torch import nn
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+"""
+ENDLESS = """
+import time
+from torch import nn
+
+class Endless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 10)
+
+    def forward(self, x):
+        while True:
+            time.sleep(0.01)
+"""
 UNFIT = """
 from torch import nn
 
@@ -204,6 +226,31 @@ class Two(nn.Module):
 class Answers(Two):
     def forward(self, x):
         return {"logits": super().forward(x, x)}
+
+class Grey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.first(x).mean((2, 3)))
+
+class Views(Two):
+    def forward(self, x):
+        return self.head(x.view(-1, 48))
+
+class Flat(Two):
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+class Maps(Two):
+    def forward(self, x):
+        return x
+
+def needs(width):
+    return Two()
+
+made = Two()
 """
 
 
@@ -212,11 +259,24 @@ class Answers(Two):
     [
         (
             "torchvision:resnet19",
-            "model.name: got 'torchvision:resnet19'; torchvision has no such classifier; did you mean",
+            "error: got 'torchvision:resnet19'; torchvision has no such classifier; did you mean",
         ),
-        ("nothing", "model.name: got 'nothing'; expected a built-in network, 'torchvision:NAME'"),
+        ("nothing", "error: got 'nothing'; expected a built-in network, 'torchvision:NAME'"),
         ("net.py:Three", "Three"),
         ("net.py:Two", "the forward of Two takes x, y; expected one input, a batch of images"),
+        ("net.py:Grey", "images have 3 channels, and it takes 1: wrap it in a network for colour images"),
+        (
+            "net.py:Views",
+            "Views gave a tensor [6272, 10] for 2 images of 3x224x224; expected one row for each: its code",
+        ),
+        ("net.py:Views", "; give by --size what it needs"),
+        ("net.py:Flat", "; give by --size what it needs"),
+        (
+            "net.py:Maps",
+            "[2, 3, 224, 224] of float32 for 2 images; expected its logits, a float tensor [2, classes]: let",
+        ),
+        ("net.py:made", "where 'made' is of type Two; expected a class or function that returns an nn.Module; it is a"),
+        ("net.py:needs", "missing 1 required positional argument: 'width'"),
         ("net.py:Answers", "Answers gave a dictionary with the keys 'logits' for 2 images; expected its logits"),
     ],
 )
@@ -226,14 +286,107 @@ def test_what_cannot_be_analysed_is_one_message(capsys, tmp_path, monkeypatch, n
     done = here(capsys, "inspect", name, "--json")
     assert (done.status, done.out) == (1, "")
     assert message in done.err and "Traceback" not in done.err and done.err.startswith("error: ")
+    assert not re.search(r"model\.(name|head|classifier)|input\.", done.err)  # there is no recipe
+
+
+ANOTHER = """
+from torch import nn
+
+class Another(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.aside = nn.Conv2d(3, 8, 3), nn.Linear(8, 7), nn.Linear(8, 20)
+
+    def forward(self, x):
+        return self.head(self.first(x).relu().mean((2, 3)))
+"""
+
+
+def test_by_name_any_number_of_logits_will_do(tmp_path):
+    (tmp_path / "net.py").write_text(ANOTHER)
+    assert [group.root for group in inspect_model(f"{tmp_path}/net.py:Another", size=8).groups] == ["first", "head"]
 
 
 def test_what_takes_too_long_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("vpdeploy.inspection.Limit", lambda: Limit(seconds=0))
     monkeypatch.delattr("vpdeploy.inspection.probe")  # stopped before, where the groups are looked for
-    done = here(capsys, "inspect", "cifar_resnet8")
+    for what in ("cifar_resnet8", QUICKSTART):
+        done = here(capsys, "inspect", what, "--limit-seconds", "0")
+        assert (done.status, done.out) == (1, "")
+        assert "the analysis was stopped after 0 s (the limit is 0 s), when" in done.err
+
+
+def test_what_takes_too_much_memory_is_refused(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(WIDE)
+    done = here(capsys, "inspect", f"{tmp_path}/net.py:net", "--size", "512", "--limit-gib", "0.05")
     assert (done.status, done.out) == (1, "")
-    assert "the analysis was stopped after 0 s (the limit is 0 s), when" in done.err
+    assert "(the limit is 0.05 GiB), when" in done.err and "--limit-gib" in done.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no interval timers")
+def test_a_forward_without_end_is_refused(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(ENDLESS)
+    done = here(capsys, "inspect", f"{tmp_path}/net.py:Endless", "--limit-seconds", "1")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith(
+        "error: the analysis was stopped after 1 s (the limit is 1 s); analyse at a smaller input"
+    )
+
+
+PRINTS = """
+from torch import nn
+print("imported")
+
+class Prints(nn.Sequential):
+    def forward(self, x):
+        print("called")
+        return super().forward(x)
+
+def net():
+    print("made")
+    return Prints(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""
+
+
+def test_what_the_users_code_prints_goes_to_stderr(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(PRINTS)
+    name = f"{tmp_path}/net.py:net"
+    for arguments in ((name, "--size", "8"), (QUICKSTART, *settings([f"model.name={name}"]))):
+        done = here(capsys, "inspect", *arguments, "--json")
+        assert done.status == 0 and json.loads(done.out)["model"] == name
+        assert {"imported", "made", "called"} <= set(done.err.splitlines())
+
+
+def test_the_table_shows_how_much_an_approximate_group_differs(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(NORMED)
+    chosen = [f"model.name={tmp_path}/net.py:net", "budget.round_to=1", "budget.allow_approximate=true"]
+    (group, _, _) = inspect_recipe(load_recipe(QUICKSTART, chosen)).groups
+    shown = here(capsys, "inspect", QUICKSTART, *settings(chosen))
+    assert shown.status == 0 and group.difference is not None and group.difference > 1e-6
+    assert f"{group.difference:.2g} of the largest logit" in " ".join(shown.out.replace("│", " ").split())
+
+
+LOOKED_AT = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 16, 4, stride=4), nn.Linear(16, 10)
+        self.seen, self.good = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.seen(x, x, x)[0] / self.seen.num_heads
+        return self.head((x + self.good(x, x, x)[0]).mean(1))
+"""
+
+
+def test_attention_that_the_network_looks_at_is_told(capsys, tmp_path):
+    (tmp_path / "net.py").write_text(LOOKED_AT)
+    done = here(capsys, "inspect", f"{tmp_path}/net.py:Net", "--size", "16")
+    assert done.status == 0
+    assert "attention: 1 modules stand replaced by equal ones" in done.out
+    assert "attention: seen keeps its heads: torch.nn.MultiheadAttention: code around it looks at its type" in done.out
 
 
 def test_a_size_goes_with_a_model_and_overrides_with_a_recipe(capsys):

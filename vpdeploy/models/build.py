@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.errors import ModelError
+from vpdeploy.errors import ModelError, VpdeployError
 from vpdeploy.models import timm_networks, torchvision_networks
 from vpdeploy.models.architecture import Architecture
 from vpdeploy.models.attention.replace import replace_attention
@@ -188,14 +189,16 @@ def _head(asked: Head | Literal["auto"], *, count: int, classes: int, classifier
     return asked
 
 
-def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> None:
+def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int, by_name: bool = False) -> None:
     """Try a copy of ``backbone`` on [2, 3, C, C]; it must give float logits [2, classes], in training too.
 
-    Without memory or arithmetic where meta tensors do: large networks take seconds otherwise.
+    ``by_name``: there is no recipe to mend, and no data whose classes would have to be met. Without memory or arithmetic
+    where meta tensors do: large networks take seconds otherwise.
 
     Raises: ModelError that says what came instead.
     """
     name, side = type(backbone).__name__, canvas_size
+    fit_size = f"{'give by --size' if by_name else 'set input.canvas_size to'} what it needs"
     _takes_images(backbone)
     image = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -208,23 +211,53 @@ def check_forward(backbone: nn.Module, *, canvas_size: int, classes: int) -> Non
     try:
         with torch.no_grad(), seeded(0):
             logits = _on_meta_or_here(empty, backbone, image)
+    except VpdeployError:  # a limit that is enforced
+        raise
     except Exception as e:
         raise ModelError(
             f"model.name: {name} does not take 3x{side}x{side} input: {type(e).__name__}: {e}; "
-            "set input.canvas_size to what it needs"
+            f"{_other_channels(e) or fit_size}"
         ) from e
-    if (problem := not_logits(logits, classes=classes)) is not None:
+    if isinstance(logits, Tensor) and logits.ndim and len(logits) != 2:
+        raise ModelError(
+            f"model.name: {name} gave a tensor {list(logits.shape)} for 2 images of 3x{side}x{side}; expected one row for "
+            f"each: its code reshapes images of another size (view, reshape, flatten); {fit_size}"
+        )
+    if (problem := _unfit(logits, classes=classes, by_name=by_name)) is not None:
         raise ModelError(f"model.name: {name} gave {problem}")
     with torch.no_grad(), seeded(0), suppress(Exception):  # where meta tensors do not do, training has the last word
         logits = empty.train()(image.to("meta"))
-    if (problem := not_logits(logits, classes=classes)) is not None:
+    if (problem := _unfit(logits, classes=classes, by_name=by_name)) is not None:
         raise ModelError(f"model.name: {name} gave, in training mode, {problem}")
+
+
+def _other_channels(error: Exception) -> str | None:
+    """What to do about a network that fails on three colours, by what torch's convolutions say then."""
+    found = re.search(r"to have (\d+) channels, but got 3 channels", str(error))
+    if found is None:
+        return None
+    return f"images have 3 channels, and it takes {found[1]}: wrap it in a network for colour images"
+
+
+def _unfit(output: object, *, classes: int, by_name: bool) -> str | None:
+    """``not_logits``; by name a float tensor [2, k] of any k will do."""
+    if not by_name or not isinstance(output, Tensor):
+        return not_logits(output, classes=classes)
+    if output.ndim == 2 and output.is_floating_point():
+        return None
+    kind = str(output.dtype).removeprefix("torch.")
+    return (
+        f"a tensor {list(output.shape)} of {kind} for 2 images; expected its logits, a float tensor [2, classes]: "
+        "let its forward return these"
+    )
 
 
 def _on_meta_or_here(empty: nn.Module, backbone: nn.Module, image: Tensor) -> object:
     """What ``backbone`` gives in eval mode, in shape and type. ``empty``: its copy on the meta device."""
     try:
         return empty.eval()(image.to("meta"))
+    except VpdeployError:  # a limit
+        raise
     except Exception:  # wrong, or in need of real numbers: these tell
         return copied(backbone).eval()(image)
 

@@ -10,10 +10,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -71,9 +71,13 @@ def _importable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _blamed(what: str) -> Iterator[None]:
-    """Whatever the user's code raises is told as a fault of the user's code, with the place."""
+    """Whatever the user's code raises is told as a fault of the user's code, with the place.
+
+    What it prints goes to stderr: stdout holds answers, such as one JSON object.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except ModelError:
         raise
     except (Exception, SystemExit) as e:
@@ -83,7 +87,7 @@ def _blamed(what: str) -> Iterator[None]:
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise ModelError(
             f"model.name: {what} failed: {type(e).__name__}: {e}{place}; expected code that runs without vpdeploy: "
-            "mend it, or model.args"
+            "mend it, or its arguments (a recipe's model.args)"
         ) from e
 
 
@@ -115,17 +119,24 @@ def _import_module(source: str, name: str) -> ModuleType:
 
 
 def _factory(module: ModuleType, attribute: str, *, name: str) -> Callable[..., Any]:
-    callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    callables = [key for key, value in vars(module).items() if _makes(value) and not key.startswith("_")]
     factory = getattr(module, attribute, None)  # not vars(): packages may load their parts when asked
-    if callable(factory) and not isinstance(factory, nn.Module):
+    if _makes(factory):
         return factory
     near = difflib.get_close_matches(attribute, callables, n=3, cutoff=0.5) or callables[:10]
     what = "nothing of that name" if factory is None else f"of type {type(factory).__name__}"
     hint = f"it has {', '.join(near)}" if near else "it has none"
+    if isinstance(factory, nn.Module):
+        hint = "it is a network already: name a function that makes one"
     raise ModelError(
         f"model.name: got {name!r}, where {attribute!r} is {what}; expected a class or function that returns an "
         f"nn.Module; {hint}"
     )
+
+
+def _makes(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether ``value`` may be a factory. A network can be called, too, but with images."""
+    return callable(value) and not isinstance(value, nn.Module)
 
 
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -155,7 +155,8 @@ def test_network_comes_out_plain(factories):
     ("quits", "FILE:quits' called with no arguments failed: SystemExit: usage: train.py (FILE, line "),
     ("scripted", "got a TorchScript module; expected the nn.Module before scripting or tracing: return that"),
     ("lazy", "'1.weight' of Sequential has no shape yet (a lazy module); expected a network with all its parameters"),
-    ("ready", "FILE:ready', where 'ready' is of type Net; expected a class or function that returns an nn.Module; "),
+    ("ready", "FILE:ready', where 'ready' is of type Net; expected a class or function that returns an nn.Module; "
+              "it is a network already: name a function that makes one"),
     ("number", "FILE:number', where 'number' is of type int; expected a class or function that returns an nn.Module"),
     ("fixedd", "FILE:fixedd', where 'fixedd' is nothing of that name; expected a class or function that returns an "
                "nn.Module; it has fixed"),
@@ -168,7 +169,9 @@ def test_factory_errors(factories, factory, expected):
 def test_wrong_arguments_of_a_factory(factories):
     text = message(table(f"{factories}:Net", args={"depth": 3}))
     assert "Net' called with depth=3, num_classes=4 failed: TypeError: " in text
-    assert "unexpected keyword argument 'depth'" in text and text.endswith("mend it, or model.args")
+    assert "unexpected keyword argument 'depth'" in text and text.endswith(
+        "mend it, or its arguments (a recipe's model.args)"
+    )
 
 
 @pytest.mark.parametrize(("code", "expected"), [
