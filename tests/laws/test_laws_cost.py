@@ -71,6 +71,21 @@ class Attention(nn.Module):
         return self.last((x + self.second(torch.relu(self.first(x)))).mean(1))
 
 
+class CrossCovariance(nn.Module):
+    """Attention among the channels within each of 4 heads (XCiT): no axis of its products holds a head alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.q, self.k, self.v = nn.Conv2d(3, 8, 2, stride=2), *(nn.Linear(8, 12) for _ in range(3))
+        self.proj, self.last = nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        q, k, v = (layer(x).unflatten(2, (-1, 3)).permute(0, 2, 3, 1) for layer in (self.q, self.k, self.v))
+        out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.last((x + self.proj(out.permute(0, 3, 1, 2).flatten(2))).mean(1))
+
+
 class Functional(nn.Module):
     """A product with a bare parameter, and one convolution whose weight is tied to another's."""
 
@@ -86,6 +101,7 @@ class Functional(nn.Module):
 
 OTHERS = {
     "attention": Attention,
+    "attention among channels": CrossCovariance,
     "functional and tied": Functional,
     "grouped, few of many and many of few": lambda: nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, groups=2, padding="same"), nn.ReLU(), nn.Conv2d(4, 9, 1), nn.ReLU(),

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.errors import SurgeryError
+from vpdeploy.models.attention.multihead import MultiheadAttention
 from vpdeploy.models.attention.replace import apply_replacements
 from vpdeploy.models.gather import ChannelGather
-from vpdeploy.surgery.plan import tensor_shapes, tensors
+from vpdeploy.surgery.plan import tensors
+from vpdeploy.surgery.plan_check import check_fit
 from vpdeploy.values import PrunePlan
+
+OURS = f"{MultiheadAttention.__module__.rpartition('.')[0]}."  # where the equals of attention modules are written
 
 
 def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -21,9 +24,8 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
 
     Raises: SurgeryError listing where names or shapes differ from those the plan was made for.
     """
-    if plan.replacements and tensor_shapes(backbone).keys() != plan.fits.keys():  # as it came, with its own attention
-        backbone = apply_replacements(backbone, plan.replacements)
-    _check_fit(backbone, plan)
+    backbone = with_replacements(backbone, plan)
+    check_fit(backbone, plan)
     memo: dict[int, Any] = {}  # what the copy takes in place of the tensors that lose something: no whole copy is made
     originals = tensors(backbone)
     for name, axes in plan.kept.items():
@@ -39,19 +41,15 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     return pruned
 
 
-def _check_fit(backbone: nn.Module, plan: PrunePlan) -> None:
-    have, want = tensor_shapes(backbone), plan.fits
-    wrong = [f"{name} is missing" for name in want if name not in have]
-    wrong += [f"{name} is not in the plan" for name in have if name not in want]
-    wrong += [
-        f"{n} is {have[n]}, planned for {tuple(want[n])}" for n in want if n in have and have[n] != tuple(want[n])
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise SurgeryError(
-            f"the plan does not fit network {type(backbone).__name__}: {'; '.join(wrong[:5])}{more}; "
-            "use the network that the plan was made from"
-        )
+def with_replacements(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
+    """``backbone`` with the modules exchanged that ``plan`` expects to be; itself where they are.
+
+    Raises: ModelError when one is not there, is of another kind or cannot be replaced.
+    """
+    standing = {name for name, module in backbone.named_modules() if type(module).__module__.startswith(OURS)}
+    if plan.replacements.keys() <= standing:
+        return backbone
+    return apply_replacements(backbone, plan.replacements)
 
 
 def _selected(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:

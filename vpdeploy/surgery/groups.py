@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from vpdeploy.models.attention.known import find_known
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.labels import Ints
 from vpdeploy.surgery.limit import Limit
@@ -142,7 +143,7 @@ def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]]
     """Why no gate can stand before every reader, or None."""
     readers = [member for member in group.members if member.side == "in"]
     if not readers:
-        return "no layer reads it: its channels are the network's outputs, or lead nowhere"
+        return "no layer reads it: its channels are the network's outputs, meet only other activations in products, or lead nowhere"
     if group.width < 2:
         return "it is one channel wide" if group.unit == 1 else f"all its {group.unit} channels go together"
     modules = dict(twin.named_modules())
@@ -150,7 +151,9 @@ def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]]
         module = modules.get(member.module)
         if not isinstance(module, READERS) or (member.tensor.rpartition(".")[2], member.axis) != _read_axis(module):
             kind = f"a parameter of a {type(module).__name__}" if module is not None else "a parameter"
-            return f"it is read by {member.tensor}, {kind}, before which no gate can stand"
+            left = module is not None and find_known(module) is not None
+            more = "; this attention was left as it is, and `vpdeploy inspect` tells why" if left else ""
+            return f"it is read by {member.tensor}, {kind}, before which no gate can stand{more}"
         others = readers_of[member.tensor, member.axis] - {member.module}
         if others:
             return f"{min(others) or 'the network'} reads {member.tensor} itself, where no gate can stand"

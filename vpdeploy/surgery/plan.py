@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.surgery.layers import Loss, attributes_after
+from vpdeploy.surgery.layers import Integers, Loss, attributes_after
 from vpdeploy.values import ChannelGroup, ChannelMask, PrunePlan, Side
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -49,22 +49,21 @@ def plan(
     )
 
 
-def _attributes(
-    backbone: nn.Module, lost: Mapping[tuple[str, int], tuple[Side, Flags]]
-) -> dict[str, dict[str, int | tuple[int, ...]]]:
+def _attributes(backbone: nn.Module, lost: Mapping[tuple[str, int], tuple[Side, Flags]]) -> dict[str, Integers]:
     by_module: dict[str, list[Loss]] = {}
     for (tensor, axis), (side, gone) in lost.items():
         path, _, leaf = tensor.rpartition(".")
         by_module.setdefault(path, []).append(Loss(leaf, axis, side, tuple(np.flatnonzero(gone).tolist())))
-    found = {}
-    for path, losses in by_module.items():
-        try:
-            changed = attributes_after(backbone.get_submodule(path), losses)
-        except Exception as e:  # torch-pruning raises whatever it meets
-            raise SurgeryError(f"{path}: torch-pruning cannot remove its channels: {type(e).__name__}: {e}") from e
-        if changed:
-            found[path] = changed
-    return found
+    found = {path: attributes_of(backbone, path, losses) for path, losses in by_module.items()}
+    return {path: changed for path, changed in found.items() if changed}
+
+
+def attributes_of(backbone: nn.Module, path: str, losses: Sequence[Loss]) -> Integers:
+    """``surgery.layers.attributes_after`` of the module ``path``. Raises: SurgeryError when it cannot lose that."""
+    try:
+        return attributes_after(backbone.get_submodule(path), losses)
+    except Exception as e:  # torch-pruning raises whatever it meets
+        raise SurgeryError(f"{path}: torch-pruning cannot remove its channels: {type(e).__name__}: {e}") from e
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
