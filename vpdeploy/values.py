@@ -185,7 +185,8 @@ class Certificate:
     float64, ``masked_vs_pruned_random`` with random ones. Where approximate groups were cut, ``but_for_norms`` is the
     larger of both with norms that take no statistics; otherwise None. ``mask_effect`` is how far masking moves the logits
     of the real images from the dense network's: near 0 the agreement would prove nothing. ``replacements``: modules that
-    were exchanged for equal ones first. ``torch_vs_onnx``: one Parity for each exported form.
+    were exchanged for equal ones first. ``torch_vs_onnx``: one Parity for each exported form, in the report alone:
+    a file cannot tell what was measured of itself.
     """
 
     masked_vs_pruned: float
