@@ -76,14 +76,12 @@ def _explained(path: Path, error: OSError) -> RunFolderError:
     )
 
 
-def read_bytes(path: Path) -> bytes:
-    """Raises: RunFolderError when there is no such file, naming the command that makes it."""
+def read_bytes(path: Path, *, again: str = "run `vpdeploy run` on this run's recipe to make it again") -> bytes:
+    """Raises: RunFolderError when there is no such file, with how to make it ``again``."""
     try:
         return path.read_bytes()
     except OSError as e:
-        raise RunFolderError(
-            f"{path}: cannot be read: {e.strerror or e}; run `vpdeploy run` on this run's recipe to make it again"
-        ) from e
+        raise RunFolderError(f"{path}: cannot be read: {e.strerror or e}; {again}") from e
 
 
 def sha256_of(path: Path) -> str:
@@ -105,10 +103,10 @@ def dump_line(value: object) -> str:
     return json.dumps(json.loads(dump(value)), separators=(",", ":"))
 
 
-def load(kind: type[T], content: bytes, *, where: str) -> T:
+def load(kind: type[T], content: bytes, *, where: str, again: str = "remove it and run the same command again") -> T:
     """The value that ``dump`` wrote. ``load(type(x), dump(x)) == x``.
 
-    Raises: RunFolderError when the content is damaged or was written by another version.
+    Raises: RunFolderError when the content is damaged, with how to make it ``again``, or was written by another version.
     """
     try:
         plain = json.loads(content)
@@ -116,10 +114,8 @@ def load(kind: type[T], content: bytes, *, where: str) -> T:
         if schema != SCHEMA:
             raise RunFolderError(f"{where}: got schema {schema}; expected {SCHEMA}: it was written by another version")
         return TypeAdapter(kind).validate_python(plain)
-    except (ValueError, AttributeError, TypeError, ValidationError) as e:
-        raise RunFolderError(
-            f"{where}: damaged: {str(e).splitlines()[0]}; remove it and run the same command again"
-        ) from e
+    except (ValueError, AttributeError, TypeError, ValidationError, RecursionError) as e:
+        raise RunFolderError(f"{where}: damaged: {str(e).splitlines()[0]}; {again}") from e
 
 
 def write_value(path: Path, value: object) -> None:

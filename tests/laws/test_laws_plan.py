@@ -20,6 +20,7 @@ from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
+from vpdeploy.surgery.plan_check import check_plan
 from vpdeploy.training.fit import fit
 from vpdeploy.training.search import search, with_statistics
 from vpdeploy.training.tune import tune
@@ -35,6 +36,7 @@ def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
     made = plan(network, groups, data.draw(masks(groups)))
     replayed = load(PrunePlan, dump(made), where="plan.json")
     assert replayed == made
+    check_plan(network, replayed)
     first, again = cut(network, made), cut(copy.deepcopy(network), replayed)
     assert tiny.snapshot(first) == tiny.snapshot(again)
     x = image(0, dtype=torch.float32)
@@ -84,6 +86,28 @@ def test_emptying_a_group_is_refused():
         SurgeryError, match="stem.0.weight: all 4 positions of axis 0 would go; keep at least one channel"
     ):
         plan(network, groups, ChannelMask({groups[0].root: (False,) * 4}))
+
+
+def test_parts_of_a_convolutions_groups_are_no_plan():
+    network = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    fits = {name: tuple(t.shape) for name, t in [*network.named_parameters(), *network.named_buffers()]}
+    tensors = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")
+
+    def made(indices: tuple[int, ...], *, groups: dict[str, int], norm: tuple[int, ...] | None = None) -> PrunePlan:
+        kept = {name: {0: indices} for name in tensors} | {"2.weight": {1: indices}}
+        kept["1.bias"] = {0: norm or indices}
+        left = len(indices)
+        attributes = {"0": groups, "1": {"num_features": left}, "2": {"in_channels": left}}
+        return PrunePlan(fits, kept, attributes, {"0": (8, left)})
+
+    check_plan(network, made((0, 1, 4, 5), groups={"out_channels": 4}))  # the same of each
+    check_plan(network, made((4, 5, 6, 7), groups={"out_channels": 4, "in_channels": 4, "groups": 1}))  # one as a whole
+    with pytest.raises(
+        SurgeryError, match="kept: 0.weight, axis 0: expected whole groups of its 2, or the same of each"
+    ):
+        check_plan(network, made((0, 1, 2, 5), groups={"out_channels": 4}))
+    with pytest.raises(SurgeryError, match=r"kept: 1\.\w+ is not cut like 1\.\w+ of the same layer"):
+        check_plan(network, made((0, 1, 4, 5), groups={"out_channels": 4}, norm=(0, 1, 4, 6)))
 
 
 # --- the empty plan -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -170,25 +171,40 @@ ROOT = re.compile(r"(?P<name>.*?)(\[(?P<ranges>\d+:\d+(,\d+:\d+)*)\])?")
 def _wrong_widths(backbone: nn.Module, plan: PrunePlan) -> Iterator[str]:
     if plan.kept and all(dense == kept for dense, kept in plan.widths.values()):
         yield "widths: no group loses channels; expected those that the indices remove"
-    modules = dict(backbone.named_modules(remove_duplicate=False))
     for root, (dense, kept) in plan.widths.items():
-        match = ROOT.fullmatch(root)
-        name = match["name"] if match else root
-        tensor = next((t for t in (_name(name, "weight"), _name(name, "target"), name) if t in plan.fits), None)
-        if tensor is None:
+        written = written_by(backbone, root)
+        if written is None:
             yield f"widths: {root} names no layer of the network"
             continue
-        axis = _written_axis(modules.get(name))
-        axes = range(len(plan.fits[tensor])) if axis is None else [axis]
-        ranges = match["ranges"] if match else None
-        shares = [_share(plan, tensor, axis, ranges) for axis in axes]
+        shares = [_share(plan, written.tensor, axis, written.ranges) for axis in written.axes]
         if not any(dense > 0 and all_ % dense == 0 and left * dense == kept * all_ for left, all_ in shares):
             told = " or ".join(f"{left} of {all_}" for left, all_ in shares)
-            yield f"widths: {root}: got {kept} of {dense}; expected what is kept of {tensor}: {told}"
+            yield f"widths: {root}: got {kept} of {dense}; expected what is kept of {written.tensor}: {told}"
 
 
-def _share(plan: PrunePlan, tensor: str, axis: int, ranges: str | None) -> tuple[int, int]:
-    """How many positions of an axis are kept, of how many. ``ranges`` of them, "8:24,32:40", or all."""
+@dataclass(frozen=True)
+class Written:
+    """What a group's root names: a tensor, which axes of it may be the written one, "8:24,32:40" of it or "" for all."""
+
+    tensor: str
+    axes: tuple[int, ...]
+    ranges: str
+
+
+def written_by(network: nn.Module, root: str) -> Written | None:
+    """What ``root`` names in ``network``; None when that holds nothing of its name."""
+    match = ROOT.fullmatch(root)
+    name, ranges = (match["name"], match["ranges"] or "") if match else (root, "")
+    shapes = tensor_shapes(network)
+    tensor = next((t for t in (_name(name, "weight"), _name(name, "target"), name) if t in shapes), None)
+    if tensor is None:
+        return None
+    axis = _written_axis(dict(network.named_modules(remove_duplicate=False)).get(name))
+    return Written(tensor, tuple(range(len(shapes[tensor]))) if axis is None else (axis,), ranges)
+
+
+def _share(plan: PrunePlan, tensor: str, axis: int, ranges: str) -> tuple[int, int]:
+    """How many positions of an axis, of those in ``ranges``, are kept, and of how many."""
     size = plan.fits[tensor][axis]
     kept = np.zeros(size, bool)
     kept[list(plan.kept.get(tensor, {}).get(axis, range(size)))] = True
