@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vpdeploy import run_folder
+from vpdeploy.api.context import undisturbed
+from vpdeploy.api.scores import Scores, check_scores, is_number, listed, scores_of
 from vpdeploy.errors import BudgetError, ModelError, SurgeryError
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.plain import plain
 from vpdeploy.recipe.tables import BUDGETS
-from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector, build_selector, select
 from vpdeploy.surgery import groups as finder
 from vpdeploy.surgery.certificate import certify
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut as cut_network
+from vpdeploy.surgery.cut import with_replacements
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.limit import Limit
 from vpdeploy.surgery.plan import plan as plan_cuts
+from vpdeploy.surgery.plan_check import check_plan
 from vpdeploy.surgery.trace import told, twin_of
 from vpdeploy.values import Certificate, ChannelGroups, PrunePlan
-
-Scores = Literal["magnitude", "random"] | Mapping[str, Tensor]
-SHOWN = 5  # problems of one kind in a message
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 0 < self.ratio <= 1:
+        if not (is_number(self.ratio) and 0 < self.ratio <= 1):
             problems.append(f"ratio: got {self.ratio!r}; expected what may remain, above 0 and at most 1")
         if self.kind not in BUDGETS:
             problems.append(f"kind: got {self.kind!r}; expected one of {', '.join(BUDGETS)}")
-        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+        if not (is_number(self.round_to) and isinstance(self.round_to, Integral) and self.round_to >= 1):
             problems.append(f"round_to: got {self.round_to!r}; expected a whole number from 1")
-        if not 0 < self.max_removal < 1:
+        if not (is_number(self.max_removal) and 0 < self.max_removal < 1):
             problems.append(f"max_removal: got {self.max_removal!r}; expected a share between 0 and 1")
         if problems:
             raise BudgetError(f"budget: {'; '.join(problems)}")
@@ -69,6 +69,7 @@ class PruneResult:
     certificate: Certificate
 
 
+@undisturbed()
 def prepare(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str]]:
     """``model`` out of its wrappers and with equal attention of which whole heads can be removed, and what was replaced.
 
@@ -76,9 +77,7 @@ def prepare(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str
 
     Raises: ModelError for what would be cut without effect: compiled or scripted parts, weights computed by hooks.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
-    network = plain(model, where="model")
+    network = network_of(model)
     if next(network.parameters(), None) is None:
         raise ModelError(
             f"model: {type(network).__name__} has no parameters; expected a network with weights to remove"
@@ -87,6 +86,19 @@ def prepare(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str
     return found.network, found.replaced
 
 
+def network_of(model: nn.Module) -> nn.Module:
+    """``model`` out of its wrappers, otherwise as it came; a copy of one that was made in inference mode.
+
+    Raises: ModelError for what is no module, or would be cut without effect.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
+    network = plain(model, where="model")
+    made_in_inference = any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
+    return copy.deepcopy(network) if made_in_inference else network
+
+
+@undisturbed()
 def find_groups(
     model: nn.Module, example: Tensor, *, allow_approximate: bool = False, limit: Limit | None = None
 ) -> ChannelGroups:
@@ -96,29 +108,41 @@ def find_groups(
 
     Raises: ModelError, SurgeryError for what cannot be analysed; LimitError past ``limit``.
     """
-    network, _ = prepare(model, _images(example))
-    return _groups(network, example, allow_approximate=allow_approximate, limit=limit)
+    x, limit = _images(example), _limit(limit)
+    network, _ = prepare(model, x)
+    return _groups(network, x, allow_approximate=allow_approximate, limit=limit)
 
 
-def _groups(network: nn.Module, example: Tensor, *, allow_approximate: bool, limit: Limit | None) -> ChannelGroups:
-    one, limit = example[:1].detach().to("cpu", torch.float32), limit or Limit()
+def _groups(network: nn.Module, example: Tensor, *, allow_approximate: bool, limit: Limit) -> ChannelGroups:
+    one = example[:1].to("cpu", torch.float32)
     found = finder.find_groups(network, one, limit=limit)
     return probe(network, found, example=one, allow_approximate=allow_approximate, limit=limit)
 
 
 def _images(example: Any) -> Tensor:
-    """``example``, seen to be a batch of images."""
+    """A copy of ``example``, which a forward may write, seen to be a batch of images."""
     if not isinstance(example, Tensor):
         got = f"a {type(example).__name__}"
+    elif example.is_meta:
+        got = "a tensor without values (on the meta device)"
+    elif example.layout != torch.strided:
+        got = f"a {str(example.layout).removeprefix('torch.')} tensor"
     elif example.ndim != 4 or example.numel() == 0 or not example.is_floating_point():
         got = f"{list(example.shape)} of {str(example.dtype).removeprefix('torch.')}"
     elif not bool(example.isfinite().all()):
         got = "values that are not finite"
     else:
-        return example
+        return example.detach().clone()
     raise ModelError(f"example: got {got}; expected images as the model takes them: a float tensor [n, c, h, w]")
 
 
+def _limit(limit: Limit | None) -> Limit:
+    if limit is not None and not isinstance(limit, Limit):
+        raise SurgeryError(f"limit: got {limit!r}; expected vpdeploy.Limit(seconds=..., gib=...)")
+    return limit or Limit()
+
+
+@undisturbed()
 def prune_once(
     model: nn.Module,
     example: Tensor,
@@ -140,13 +164,17 @@ def prune_once(
     LimitError past ``limit``.
     """
     budget = Budget(macs_ratio, round_to=round_to, max_removal=max_removal)
-    network, replacements = prepare(model, _images(example))
-    groups = _groups(network, example, allow_approximate=allow_approximate, limit=limit)
+    if macs_ratio == 1:
+        raise BudgetError("budget: macs_ratio: got 1; expected below 1, as nothing would be removed")
+    x, limit = _images(example), _limit(limit)
+    check_scores(scores, seed)
+    network, replacements = prepare(model, x)
+    groups = _groups(network, x, allow_approximate=allow_approximate, limit=limit)
     selector = selector_of(network, groups, budget)
     selection = select(selector, scores_of(scores, network, groups, seed=seed))
     plan = plan_cuts(network, groups.prunable, selection.mask, replacements=replacements)
     pruned = cut_network(network, plan)
-    certificate = certify(network, pruned, groups, selection, canvas=example)
+    certificate = certify(network, pruned, groups, selection, canvas=x)
     return PruneResult(pruned, plan, replace(certificate, replacements=replacements))
 
 
@@ -159,7 +187,7 @@ def selector_of(network: nn.Module, groups: ChannelGroups, budget: Budget) -> Se
         reasons = [f"{group.root}: {group.reason}" for group in groups.groups]
         raise BudgetError(
             f"budget.{budget.kind}: got {budget.ratio:g}, but nothing can be removed from {type(network).__name__}: "
-            f"{_listed(reasons) or 'no layer writes channels that another reads'}"
+            f"{listed(reasons) or 'no layer writes channels that another reads'}"
         )
     return build_selector(
         groups.prunable,
@@ -171,54 +199,19 @@ def selector_of(network: nn.Module, groups: ChannelGroups, budget: Budget) -> Se
     )
 
 
-def _listed(problems: list[str]) -> str:
-    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{'; '.join(problems[:SHOWN])}{more}"
-
-
-def scores_of(scores: Scores, network: nn.Module, groups: ChannelGroups, *, seed: int) -> dict[str, np.ndarray]:
-    """One score for every channel of every prunable group: root -> [width] float64.
-
-    Raises: SurgeryError listing what does not fit.
-    """
-    if isinstance(scores, str):
-        if scores not in ("magnitude", "random"):
-            raise SurgeryError(
-                f"scores: got {scores!r}; expected 'magnitude', 'random' or a mapping of group root to tensor"
-            )
-        if scores == "magnitude":
-            scores = magnitude(network, groups.prunable)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            scores = {group.root: torch.rand(group.width, generator=generator) for group in groups.prunable}
-    scores = {root: torch.as_tensor(given) for root, given in scores.items()}
-    problems = []
-    for group in groups.prunable:
-        given = scores.get(group.root)
-        if given is None:
-            problems.append(f"{group.root} is missing")
-        elif tuple(given.shape) != (group.width,):
-            problems.append(f"{group.root} is {list(given.shape)}, expected [{group.width}]")
-        elif not bool(given.isfinite().all()):
-            problems.append(f"{group.root} is not finite")
-    unknown = sorted(set(scores) - {group.root for group in groups.prunable})
-    problems += [f"{root} is no group that can be pruned" for root in unknown]
-    if problems:
-        raise SurgeryError(
-            f"scores: {_listed(problems)}; expected one finite score for each channel of each prunable group: "
-            "find_groups(model, example).prunable has their roots and widths"
-        )
-    return {group.root: scores[group.root].detach().double().cpu().numpy() for group in groups.prunable}
-
-
+@undisturbed()
 def cut(model: nn.Module, plan: PrunePlan, example: Tensor) -> nn.Module:
     """``model`` with only what ``plan`` keeps, run once on ``example`` [n, c, h, w] to see that it does.
 
-    Raises: ModelError, SurgeryError when the plan was made for another network, or the smaller one does not run.
+    Raises: ModelError, SurgeryError when the plan was made for another network or says what none does, or the smaller one
+    does not run.
     """
-    pruned = cut_network(plain(model, where="model"), plan)
+    _check_is_plan(plan)
+    x, network = _images(example), with_replacements(network_of(model), plan)
+    check_plan(network, plan)
+    pruned = cut_network(network, plan)
     like = next(pruned.parameters())
-    x = _images(example).to(like.device, like.dtype)
+    x = x.to(like.device, like.dtype)
     try:
         with torch.no_grad():
             twin_of(pruned)(x)
@@ -227,11 +220,20 @@ def cut(model: nn.Module, plan: PrunePlan, example: Tensor) -> nn.Module:
     return pruned
 
 
+def _check_is_plan(plan: Any) -> None:
+    if not isinstance(plan, PrunePlan):
+        raise SurgeryError(
+            f"plan: got a {type(plan).__name__}; expected a PrunePlan: that of prune_once, of gated, or load_plan(path)"
+        )
+
+
 def save_plan(plan: PrunePlan, path: Path | str) -> None:
     """Write ``plan`` as JSON."""
+    _check_is_plan(plan)
     run_folder.write_value(Path(path), plan)
 
 
 def load_plan(path: Path | str) -> PrunePlan:
-    """Raises: RunFolderError when the file is missing, damaged or no plan."""
-    return run_folder.read_value(Path(path), PrunePlan)
+    """Raises: RunFolderError when the file is missing, damaged or no plan. ``cut`` sees whether it is one for its model."""
+    again = "write it again by save_plan(plan, path)"
+    return run_folder.load(PrunePlan, run_folder.read_bytes(Path(path), again=again), where=str(path), again=again)

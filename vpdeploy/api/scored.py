@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.api.pruning import Budget, Scores, prepare, scores_of, selector_of
+from vpdeploy.api.context import undisturbed
+from vpdeploy.api.pruning import Budget, prepare, selector_of
+from vpdeploy.api.scores import Scores, check_scores, listed, scores_of
 from vpdeploy.errors import SurgeryError
 from vpdeploy.scoring.select import Selector, select
 from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
@@ -49,23 +51,44 @@ class Scored(nn.Module):
         return self
 
     def forward(self, x: Tensor, *, open: bool = False) -> Tensor:
-        ones = torch.ones_like(self.scores)
-        gates = ones if open else StraightThrough.apply(self.scores, hard_mask(self._selector, self.scores))
-        return self.network(x, gates)
+        if open:
+            return self.network(x, torch.ones_like(self.scores))
+        self._check_finite()
+        return self.network(x, StraightThrough.apply(self.scores, hard_mask(self._selector, self.scores)))
+
+    def _check_finite(self) -> None:
+        """Raises: SurgeryError with the groups whose scores are NaN or infinite: of these there is no best mask."""
+        if bool(self.scores.isfinite().all()):
+            return
+        parts = self.scores.detach().split([group.width for group in self._groups.prunable])
+        lost = [
+            f"{group.root} is not finite"
+            for group, part in zip(self._groups.prunable, parts, strict=True)
+            if not bool(part.isfinite().all())
+        ]
+        raise SurgeryError(
+            f"scores: {listed(lost)}; expected one finite score for each channel: look at the losses for NaN, and learn the "
+            "scores anew with a lower learning rate"
+        )
 
     def selection(self) -> Selection:
-        """The mask of the scores as they are, and how near it comes to the budget."""
+        """The mask of the scores as they are, and how near it comes to the budget.
+
+        Raises: SurgeryError when they are not finite.
+        """
+        self._check_finite()
         row = self.scores.detach().cpu().split([group.width for group in self._groups.prunable])
         return select(
             self._selector, {g.root: part.double().numpy() for g, part in zip(self._groups.prunable, row, strict=True)}
         )
 
     def plan(self) -> PrunePlan:
-        """The cuts of that mask, for ``cut`` on the model that ``gated`` was given."""
+        """The cuts of that mask, for ``cut`` on the model that ``gated`` was given. Raises: as ``selection``."""
         mask = self.selection().mask
         return plan_cuts(self.network.backbone, self._groups.prunable, mask, replacements=self._replacements)
 
 
+@undisturbed()
 def gated(
     model: nn.Module,
     groups: ChannelGroups,
@@ -79,6 +102,12 @@ def gated(
     Raises: BudgetError with the best reachable ratio; SurgeryError for groups or scores that do not fit.
     """
     budget = budget if isinstance(budget, Budget) else Budget(budget)
+    if not isinstance(groups, ChannelGroups):
+        raise SurgeryError(
+            f"groups: got {groups if groups is None else f'a {type(groups).__name__}'}; expected what "
+            "find_groups(model, example) gives"
+        )
+    check_scores(scores, seed)
     network, replacements = prepare(model, torch.zeros(1, *groups.shape))
     _check_belong(groups, network)
     selector = selector_of(network, groups, budget)
