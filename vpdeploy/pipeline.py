@@ -129,9 +129,10 @@ def grouped(work: Workbench) -> ChannelGroups:
     if not work.is_done(stage):
         with work.doing(stage):
             canvas_size, allow = work.recipe.input.canvas, work.recipe.budget.allow_approximate
-            limit, example = Limit(), example_input(canvas_size, batch=1)
-            found = find_groups(work.built.backbone, example, limit=limit)
-            probed = probe(work.built.backbone, found, example=example, allow_approximate=allow, limit=limit)
+            backbone, example = work.built.backbone, example_input(canvas_size, batch=1)
+            with Limit().enforced() as limit:
+                found = find_groups(backbone, example, limit=limit)
+                probed = probe(backbone, found, example=example, allow_approximate=allow, limit=limit)
             run_folder.write_value(path, probed)
     return run_folder.read_value(path, ChannelGroups)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic_core import ErrorDetails
@@ -118,14 +118,18 @@ def _words(text: str) -> list[str]:
     return text.replace(" or ", ", ").split(", ")
 
 
-def cross_field(recipe: Recipe) -> Iterator[Problem]:
-    """What no single key can know: (the keys that it follows from, problem)."""
+def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no single key can know: (the keys that it follows from, problem). ``raw``: the recipe as it was written."""
     pixels, canvas, size = recipe.prompt.pixels, recipe.input.canvas, recipe.input.image_size
-    given = [name for name in BUDGETS if getattr(recipe.budget, name) is not None]
+    table = raw.get("budget")
+    written = table if isinstance(table, Mapping) else {}
+    given = [
+        name for name in BUDGETS if written.get(name) is not None
+    ]  # one too many is told whether it is right or wrong
     if len(given) != 1:
         got = " and ".join(given) or "none"
         advice = "remove the others" if given else "add it, such as macs_ratio = 0.5"
-        keys = tuple(f"budget.{name}" for name in BUDGETS)
+        keys = () if given else ("budget",)
         yield keys, f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: {advice}"
     sides = ("input.image_size", "input.canvas_size")
     if canvas < size:

@@ -76,7 +76,7 @@ def parse_recipe(
     recipe, unknown = _with_own_input(recipe, absolute(recipe, folder).model, own_input)
     dotted = [".".join(key) for key in [*wrong, *unknown]]
     resolved = absolute(recipe, folder)
-    found = [*cross_field(recipe), *further(resolved)]
+    found = [*cross_field(recipe, raw), *further(resolved)]
     problems += [text for keys, text in found if not any(_overlap(a, b) for a in keys for b in dotted)]
     if problems:
         raise RecipeError(where, problems)

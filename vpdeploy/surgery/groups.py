@@ -143,7 +143,7 @@ def _no_gate(group: ChannelGroup, readers_of: Mapping[tuple[str, int], set[str]]
     """Why no gate can stand before every reader, or None."""
     readers = [member for member in group.members if member.side == "in"]
     if not readers:
-        return "no layer reads it: its channels are the network's outputs, meet only other activations in products, or lead nowhere"
+        return "no layer reads it: its channels are the network's outputs, meet activations alone in products, or lead nowhere"
     if group.width < 2:
         return "it is one channel wide" if group.unit == 1 else f"all its {group.unit} channels go together"
     modules = dict(twin.named_modules())

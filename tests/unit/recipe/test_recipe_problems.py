@@ -165,6 +165,11 @@ def test_one_wrong_thing_gives_one_line(changes, message):
     assert found.startswith(message)
 
 
+def test_a_wrong_budget_does_not_hide_a_second_one():
+    one, two = problems({"budget": {"macs_ratio": 1.5, "params_ratio": 0.5}})
+    assert one.startswith("budget.macs_ratio: got 1.5") and two.startswith("budget: got macs_ratio and params_ratio;")
+
+
 def test_the_largest_input_that_bench_may_make_is_fine():
     assert parse({"bench": {"batches": [7133]}}).bench.batches == (7133,)
     assert parse({"bench": {"batches": [5], "image_size": [16384, 16384]}}).bench.batches == (5,)
