@@ -302,6 +302,5 @@ def test_what_cannot_run_is_told_without_arithmetic():
     Fixed.calls = 0
     groups = probe(network, found, example=example_input(8)).groups[:12]
     assert all(group.reason.startswith("removing its channels fails") for group in groups)
-    assert (
-        0 < Fixed.calls <= 5
-    )  # for the draw, its slopes, the path and one try of all together; a bisection with numbers took 45 more
+    # For the draw, its slopes, the path and one try of all together; a bisection with numbers took 45 more.
+    assert 0 < Fixed.calls <= 5
