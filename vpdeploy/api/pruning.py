@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -26,6 +25,7 @@ from vpdeploy.surgery.cut import cut as cut_network
 from vpdeploy.surgery.cut import with_replacements
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.limit import Limit
+from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.plan import plan as plan_cuts
 from vpdeploy.surgery.plan_check import check_plan
 from vpdeploy.surgery.trace import told, twin_of
@@ -87,15 +87,13 @@ def prepare(model: nn.Module, example: Tensor) -> tuple[nn.Module, dict[str, str
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """``model`` out of its wrappers, otherwise as it came; a copy of one that was made in inference mode.
+    """``model`` out of its wrappers, otherwise as it came.
 
     Raises: ModelError for what is no module, or would be cut without effect.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
-    network = plain(model, where="model")
-    made_in_inference = any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
-    return copy.deepcopy(network) if made_in_inference else network
+    return plain(model, where="model")
 
 
 @undisturbed()
@@ -115,8 +113,9 @@ def find_groups(
 
 def _groups(network: nn.Module, example: Tensor, *, allow_approximate: bool, limit: Limit) -> ChannelGroups:
     one = example[:1].to("cpu", torch.float32)
-    found = finder.find_groups(network, one, limit=limit)
-    return probe(network, found, example=one, allow_approximate=allow_approximate, limit=limit)
+    with limit.enforced() as now:
+        found = finder.find_groups(network, one, limit=now)
+        return probe(network, found, example=one, allow_approximate=allow_approximate, limit=now)
 
 
 def _images(example: Any) -> Tensor:
@@ -204,7 +203,7 @@ def cut(model: nn.Module, plan: PrunePlan, example: Tensor) -> nn.Module:
     """``model`` with only what ``plan`` keeps, run once on ``example`` [n, c, h, w] to see that it does.
 
     Raises: ModelError, SurgeryError when the plan was made for another network or says what none does, or the smaller one
-    does not run.
+    does not run, or does something else than ``model`` because its forward looks at widths.
     """
     _check_is_plan(plan)
     x, network = _images(example), with_replacements(network_of(model), plan)
@@ -217,6 +216,11 @@ def cut(model: nn.Module, plan: PrunePlan, example: Tensor) -> nn.Module:
             twin_of(pruned)(x)
     except Exception as e:
         raise SurgeryError(f"the network that the plan leaves does not run on {list(example.shape)}: {told(e)}") from e
+    if (change := first_change(network, pruned, x)) is not None:
+        raise SurgeryError(
+            f"plan: at its widths the forward of {type(network).__name__} does something else: {change}; expected one that does "
+            "the same at any width: write it so, or ask for another budget"
+        )
     return pruned
 
 
