@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import vpdeploy
 from vpdeploy.errors import BudgetError, ModelError, RunFolderError, SurgeryError, VpdeployError
-from vpdeploy.values import PrunePlan
+from vpdeploy.surgery.plan import plan as plan_cuts
+from vpdeploy.values import ChannelMask, PrunePlan
 
 CLASSES = [str(number) for number in range(10)]
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -490,3 +491,41 @@ def test_a_certificate_goes_with_its_own_network_alone(tmp_path):
         ):
             vpdeploy.export_onnx(network, given, path)
     assert list(tmp_path.iterdir()) == []
+
+
+class ByShape(nn.Module):
+    """Its second sum stands only where two widths agree."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 3, padding=1)
+        self.c, self.head = nn.Conv2d(48, 64, 3, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu()).relu()
+        y = self.c(x).relu()
+        return self.head((x + y if x.shape == y.shape else y).mean((2, 3)))
+
+
+def test_cut_refuses_a_plan_at_whose_widths_the_forward_does_something_else():
+    network = ByShape().eval()
+    groups = vpdeploy.find_groups(network, EXAMPLE)
+    widths = {"c": 48}  # as many as b has
+    mask = ChannelMask({g.root: tuple(c < widths.get(g.root, g.width) for c in range(g.width)) for g in groups.groups})
+    equal = plan_cuts(network, groups.groups, mask)
+    with pytest.raises(SurgeryError) as caught:
+        vpdeploy.cut(network, equal, EXAMPLE)
+    assert "the dense network does mean in its own forward where the pruned one does add in its own forward" in str(
+        caught.value
+    )
+
+
+@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="no such timer here")
+def test_a_forward_without_end_is_stopped():
+    class Endless(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            while True:
+                pass
+
+    with pytest.raises(vpdeploy.errors.VpdeployError, match="the analysis was stopped after"):
+        vpdeploy.find_groups(nn.Sequential(nn.Flatten(), Endless(3072, 10)), EXAMPLE, limit=vpdeploy.Limit(seconds=0.5))
