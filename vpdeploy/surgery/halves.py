@@ -13,12 +13,16 @@ Half = Callable[[Sequence[ChannelGroup]], ChannelMask]
 
 
 def _random_part(groups: Sequence[ChannelGroup]) -> ChannelMask:
-    """A share of each group that is its own, in any places."""
+    """A share of each group that is its own, a quarter to three quarters, in any places: what is left of a large network must
+    not be as large again.
+    """
     generator = torch.Generator().manual_seed(0)
     keep: dict[str, tuple[bool, ...]] = {}
     for number, group in enumerate(groups):
         order = torch.randperm(group.width, generator=generator).tolist()
-        share = (0.5 + number * (5**0.5 - 1) / 2) % 1  # multiples of the golden ratio: neighbours lie far apart
+        share = (
+            0.25 + (0.5 + number * (5**0.5 - 1) / 2) % 1 / 2
+        )  # multiples of the golden ratio: neighbours lie far apart
         gone = set(order[: 1 + int(share * (group.width - 1))])
         keep[group.root] = tuple(channel not in gone for channel in range(group.width))
     return ChannelMask(keep)
