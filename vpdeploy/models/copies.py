@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ def copied(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.M
 
     Raises: whatever a part of the network that is no module, parameter or buffer raises when it is copied.
     """
-    memo: dict[int, Any] = {}
+    memo = empty_parts(network)
     for parameter in network.parameters():
         values = parameter.detach()
         changed = convert(values)
@@ -31,6 +32,16 @@ def copied(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.M
         changed = convert(values)
         memo[id(buffer)] = values.clone() if changed is values else changed
     return copy.deepcopy(network, memo)
+
+
+def empty_parts(network: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy: copies of what every module holds a dozen of, empty. It takes half the time with them."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for value in vars(module).values():
+            if type(value) in (OrderedDict, set) and not value:
+                memo[id(value)] = type(value)()
+    return memo
 
 
 def on_meta(tensor: Tensor) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpdeploy.models.attention.multihead import MultiheadAttention
 from vpdeploy.models.attention.replace import apply_replacements
+from vpdeploy.models.copies import empty_parts
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.plan import tensors
 from vpdeploy.surgery.plan_check import check_fit
@@ -26,7 +26,8 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     """
     backbone = with_replacements(backbone, plan)
     check_fit(backbone, plan)
-    memo: dict[int, Any] = {}  # what the copy takes in place of the tensors that lose something: no whole copy is made
+    memo = empty_parts(backbone)
+    # What the copy takes in place of the tensors that lose something: no whole copy is made.
     originals = tensors(backbone)
     for name, axes in plan.kept.items():
         memo[id(originals[name])] = _selected(originals[name], axes)
