@@ -245,7 +245,7 @@ def table_row(name: str, row: Mapping[str, Any]) -> str:
         f"{seen['min_macs_ratio_exact']:.3f}",
     ]
     if "error" in made or not made:
-        return f"| {' | '.join(cells)} | {made.get('error', 'not run')} | | |"
+        return f"| {' | '.join(cells)} | {made.get('error', 'not run').partition('; ')[0]} | | |"
     numbers = [f"{made['reached']:.4f}", f"{made['masked_vs_pruned']:.0e}", f"{made['torch_vs_onnx']:.0e}"]
     return f"| {' | '.join([*cells, *numbers])} |"
 
