@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from vpdeploy.data.resize import ROWS_TOGETHER, window
 from vpdeploy.measure.not_products import NOT_PRODUCTS
+from vpdeploy.models.watch import unfused_attention
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def count_macs(backbone: nn.Module, *, canvas_size: int) -> MacCount:
     """
     network = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
     example = torch.zeros(1, 3, canvas_size, canvas_size)
-    with warnings.catch_warnings(), _attention_fast_path_off(), torch.no_grad():
+    with warnings.catch_warnings(), unfused_attention(), torch.no_grad():
         # fvcore traces with torch.jit, whose deprecation is announced at its import and at every trace.
         warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
@@ -51,17 +51,6 @@ def count_macs(backbone: nn.Module, *, canvas_size: int) -> MacCount:
         macs = analysis.total()
         uncounted = analysis.unsupported_ops()
     return MacCount(macs=int(macs), uncounted={name: int(times) for name, times in sorted(uncounted.items())})
-
-
-@contextmanager
-def _attention_fast_path_off() -> Iterator[None]:
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer as plain operations: the fused one hides its products."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 # --- handles: (inputs, outputs) of one traced operation -> products ---------------------------------------------------

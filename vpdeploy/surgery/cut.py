@@ -55,9 +55,8 @@ def with_replacements(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def _selected(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
     left = tensor.detach()
-    for axis, indices in sorted(
-        axes.items(), key=lambda item: len(item[1]) / tensor.shape[item[0]]
-    ):  # least memory between
+    # The axis that loses most goes first: least memory in between.
+    for axis, indices in sorted(axes.items(), key=lambda item: len(item[1]) / tensor.shape[item[0]]):
         left = left.index_select(axis, torch.tensor(indices, device=tensor.device))
     if _is_channels_last(tensor):
         left = left.contiguous(memory_format=torch.channels_last)

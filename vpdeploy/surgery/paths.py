@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vpdeploy.models.copies import on_cpu, on_meta
+from vpdeploy.models.copies import Convert
+from vpdeploy.models.watch import Watch, cheapest_first
 from vpdeploy.surgery.trace import modules_followed, plain_attention, twin_of
 
 COPIES = (
@@ -26,9 +25,8 @@ def first_change(dense: nn.Module, pruned: nn.Module, example: Tensor) -> str | 
 
     On meta tensors, without arithmetic; on the CPU where these do not serve.
     """
-    steps = _both(dense, pruned, on_meta, example[:1].to("meta"))
-    if steps is None:
-        steps = _both(dense, pruned, on_cpu(torch.float32), example[:1].detach().to("cpu", torch.float32))
+    tried = (_both(dense, pruned, convert, x) for convert, x in cheapest_first(example[:1]))
+    steps = next((both for both in tried if both is not None), None)
     if steps is None:
         return None
     for before, after in zip_longest(*steps):
@@ -46,9 +44,7 @@ def _told(step: tuple[str, str] | None) -> str:
 Steps = list[tuple[str, str]]  # operation, module
 
 
-def _both(
-    dense: nn.Module, pruned: nn.Module, convert: Callable[[Tensor], Tensor], x: Tensor
-) -> tuple[Steps, Steps] | None:
+def _both(dense: nn.Module, pruned: nn.Module, convert: Convert, x: Tensor) -> tuple[Steps, Steps] | None:
     try:
         return _steps(twin_of(dense, convert), x), _steps(twin_of(pruned, convert), x)
     except Exception:  # whoever runs the pruned one says how it fails
@@ -63,15 +59,11 @@ def _steps(twin: nn.Module, x: Tensor) -> Steps:
     return watch.seen
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watch):
     def __init__(self, where: list[str]) -> None:
         super().__init__()
         self.seen: Steps = []
         self._where = where
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; the wrapper that would hide this mode imports torch._dynamo, 5 s
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _moves(func):

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.models.attention.around import unfused_attention
 from vpdeploy.models.copies import Convert, copied, on_cpu
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.models.plain import plain
+from vpdeploy.models.watch import Watch, unfused_attention
 from vpdeploy.surgery.labels import Components, Ints, LabelBook, Labelled, along, hold_all, merge
 from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.rules.call import Call, Product, Role
@@ -171,7 +170,7 @@ def told(error: Exception) -> str:
 CHOICES = ("_local_scalar_dense", "equal")  # what bool(x), x.item() and torch.equal come to
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watch):
     """Asks the rules of every operation what becomes of the labels. ``where``: the modules being called."""
 
     def __init__(self, network: nn.Module, where: list[str]) -> None:
@@ -195,10 +194,6 @@ class _Watch(TorchDispatchMode):
             if isinstance(module, ChannelGather):
                 module.register_forward_pre_hook(self._enter_gather)
                 module.register_forward_hook(partial(self._leave_gather, name))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; the wrapper that would hide this mode imports torch._dynamo, 5 s
 
     def known(self, tensor: Tensor) -> Labelled:
         """Tensors of unknown origin are constants that the forward made: no image reached them."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpdeploy.models.copies import copied, on_cpu, on_meta
+from vpdeploy.models.copies import copied
+from vpdeploy.models.watch import Watch, cheapest_first, unfused_attention
 
 
 def operations(network: nn.Module, inside: Iterable[str], example: Tensor) -> list[str] | None:
@@ -20,10 +19,7 @@ def operations(network: nn.Module, inside: Iterable[str], example: Tensor) -> li
 
     Without arithmetic where meta tensors do; a forward in float32 on the CPU otherwise.
     """
-    for convert, x in (
-        (on_meta, example.to("meta")),
-        (on_cpu(torch.float32), example.detach().to("cpu", torch.float32)),
-    ):
+    for convert, x in cheapest_first(example):
         watch = _Watch()
         try:
             twin = copied(network, convert).eval()
@@ -39,26 +35,11 @@ def operations(network: nn.Module, inside: Iterable[str], example: Tensor) -> li
     return None
 
 
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """nn.MultiheadAttention and nn.TransformerEncoder as operations, not as one kernel."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-class _Watch(TorchDispatchMode):
+class _Watch(Watch):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
         self._depth = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here; the wrapper that would hide this mode imports torch._dynamo, 5 s
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._depth:
