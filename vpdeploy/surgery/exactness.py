@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vpdeploy.models.copies import on_meta
 from vpdeploy.surgery.bench import ALIVE, Bench, liveliest, noise, relative_difference
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
@@ -18,6 +17,7 @@ from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.rules.views import BY_NUMBER
+from vpdeploy.surgery.runnable import runnable
 from vpdeploy.surgery.trace import in_module, look, modules_followed, told, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
@@ -98,7 +98,7 @@ def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float)
             verdicts.update((group.root, _under(together, group)) for group in groups)
             return
         doubted = True
-        verdicts.update((group.root, group) for group in _runnable(place, groups, mask))
+        verdicts.update((group.root, group) for group in runnable(place.redrawn, groups, mask, place.x, place.limit))
         verdicts.update((group.root, group) for group in _bisected(place, standing(roots), mask))
 
     roots = list(verdicts)
@@ -135,38 +135,6 @@ def _not_beside_others(
 
     grown([], groups, control)
     return apart
-
-
-def _runnable(bench: Bench, groups: Sequence[ChannelGroup], mask: ChannelMask) -> list[ChannelGroup]:
-    """Those of ``groups`` that meta tensors can judge, without arithmetic: excluded where the forward does not run without
-    them.
-
-    Bisected like the probe, where each step of a large network costs seconds. What meta tensors cannot tell is left to it.
-    """
-    empty = twin_of(bench.redrawn, on_meta)
-    x = torch.empty_like(bench.x, device="meta")
-
-    def failure(some: Sequence[ChannelGroup]) -> str | None:
-        inside: list[str] = []
-        try:
-            small = cut(empty, plan(empty, some, mask)) if some else empty
-            with torch.no_grad(), modules_followed(small, bench.limit) as inside:
-                small(x)
-        except LimitError:
-            raise
-        except Exception as e:
-            return f"removing its channels fails{in_module(inside)}: {told(e)}"
-        return None
-
-    def judged(some: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-        reason = failure(some)
-        if reason is None or len(some) == 1:
-            return [group if reason is None else replace(group, status="excluded", reason=reason) for group in some]
-        middle = len(some) // 2
-        return [*judged(some[:middle]), *judged(some[middle:])]
-
-    wide = [group for group in groups if group.width > 1]  # of the others the probe says what they are
-    return judged(wide) if wide and failure([]) is None else []
 
 
 def _apart(roots: Sequence[str]) -> Iterator[list[str]]:
