@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import subprocess
@@ -123,3 +124,17 @@ def test_other_threads_have_checks_alone():
 def test_torch_is_not_needed_for_it():
     code = "import sys, vpdeploy.surgery.limit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_old_objects_are_at_rest_meanwhile_and_those_of_others_stay_so():
+    assert gc.get_freeze_count() == 0
+    with Limit().enforced():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with Limit().enforced():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()

@@ -84,7 +84,7 @@ def _agreed(bench: Bench, candidates: Sequence[ChannelGroup], *, control: float)
     masks = [half(candidates) for half in HALVES]  # of all: a group meets the same fate alone and beside others
     probes = [*((small, mask) for mask in masks[:-1]), (replace(bench, trains=True), masks[-1])]
     verdicts = {group.root: group for group in candidates}
-    doubted = any(group.status == "excluded" for group in candidates)
+    doubted = False  # whether what agreed all together has lost some since
 
     def standing(roots: Iterable[str]) -> list[ChannelGroup]:
         return [verdicts[root] for root in roots if verdicts[root].status != "excluded"]

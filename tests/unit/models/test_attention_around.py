@@ -54,6 +54,11 @@ def by_its_forward(mha: nn.Module, x: Tensor) -> Tensor:
     return mha.forward(x, x, x)[0]
 
 
+def by_its_arguments(mha: nn.Module, x: Tensor) -> Tensor:
+    mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
+    return mha(x, x, x, attn_mask=mask if isinstance(mha, nn.MultiheadAttention) else None)[0]
+
+
 def network(call: Call, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return Network(call).eval().double()
@@ -70,7 +75,7 @@ def same_logits(old: nn.Module, found: Replaced) -> None:
     assert expected.std() > 1e-2 and (logits - expected).abs().max() <= SAME_FLOAT64 * expected.abs().max()
 
 
-@pytest.mark.parametrize("call", [by_type, by_number_of_heads, by_its_weight, by_its_forward])
+@pytest.mark.parametrize("call", [by_type, by_number_of_heads, by_its_weight, by_its_forward, by_its_arguments])
 def test_attention_that_is_looked_at_is_left_and_the_other_is_replaced(call: Call):
     old = network(call)
     found = replace_attention(old, image())

@@ -279,28 +279,65 @@ def test_logits_that_are_no_numbers_get_no_certificate():
         certify(network, small, groups, selection, canvas=image(0))
 
 
-class Fixed(nn.Module):
-    """``count`` convolutions, each followed by a view that holds its width. Counts forwards with numbers in them."""
+class Counted(nn.Module):
+    """Counts forwards with numbers in them."""
 
     calls = 0  # of the class: copies of the network count, too
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counted.calls += not x.is_meta
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class Fixed(Counted):
+    """``count`` convolutions, each followed by a view that holds its width."""
 
     def __init__(self, count: int):
         super().__init__()
         self.layers = nn.ModuleList([nn.Conv2d(3 if i == 0 else 8, 8, 1) for i in range(count)])
         self.head = nn.Linear(8, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        Fixed.calls += not x.is_meta
+    def features(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             x = layer(x).view(len(x), 8, *x.shape[2:]).relu()
-        return self.head(x.mean((2, 3)))
+        return x
+
+
+class FixedBlock(nn.Module):
+    """Two convolutions, of which the second one's width is held by a view."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.free, self.held = nn.Conv2d(width, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.held(self.free(x).relu()).view(len(x), 8, *x.shape[2:]).relu()
+
+
+class FixedBlocks(Counted):
+    def __init__(self, count: int):
+        super().__init__()
+        self.features = nn.Sequential(*[FixedBlock(3 if i == 0 else 8) for i in range(count)])
+        self.head = nn.Linear(8, 4)
 
 
 def test_what_cannot_run_is_told_without_arithmetic():
     network = Fixed(12)
     found = find_groups(network, example_input(8))
-    Fixed.calls = 0
+    Counted.calls = 0
     groups = probe(network, found, example=example_input(8)).groups[:12]
     assert all(group.reason.startswith("removing its channels fails") for group in groups)
     # For the draw, its slopes, the path and one try of all together; a bisection with numbers took 45 more.
-    assert 0 < Fixed.calls <= 5
+    assert 0 < Counted.calls <= 5
+
+
+def test_what_cannot_run_is_found_where_the_forward_stops():
+    network = FixedBlocks(8)
+    found = find_groups(network, example_input(8))
+    Counted.calls = 0
+    groups = {group.root: group for group in probe(network, found, example=example_input(8)).groups}
+    assert [groups[f"features.{i}.free"].status for i in range(8)] == ["exact"] * 8
+    for i in range(8):
+        assert groups[f"features.{i}.held"].reason.startswith(f"removing its channels fails in features.{i}: ")
+    # As above, then with what is left: its two halves, the other mask, training and both masks again. By numbers alone 73.
+    assert 0 < Counted.calls <= 17

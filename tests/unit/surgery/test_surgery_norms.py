@@ -162,6 +162,15 @@ def test_a_group_norm_of_each_channel_by_itself_is_exact():
     assert relative_difference(masked, removed) <= SAME_IN_FLOAT64
 
 
+def test_a_channel_of_a_group_norm_goes_from_each_of_its_groups():
+    """Otherwise a channel that stays would move from one group to the other, whose statistics are others."""
+    network = randomised(Normed(nn.GroupNorm(2, WIDTH)), seed=0)
+    group = probed(network, allow_approximate=True)["first"]
+    assert (group.status, group.width, group.unit) == ("approximate", WIDTH // 2, 2)
+    (norm,) = [m for m in group.members if m.tensor == "norm.weight"]
+    assert dict(zip(norm.indices, norm.channels, strict=True)) == {i: i % (WIDTH // 2) for i in range(WIDTH)}
+
+
 def by_width(x: Tensor) -> Tensor:
     """Arithmetic with the number of channels, which no label shows."""
     return x * x.shape[1] ** 0.5
