@@ -10,12 +10,15 @@ import torch
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Without autocast and inference mode, and with float32 as the default, however the caller has them; all put back.
+    """Without autocast and inference mode, and with float32 and the CPU as the defaults, however the caller has them; all put
+    back.
 
     Under autocast masked and removed differ by bfloat16's rounding; tensors of inference mode could not be tuned.
     """
-    before = torch.get_default_dtype()
+    before, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
     try:
         with (
             torch.inference_mode(False),
@@ -25,3 +28,5 @@ def undisturbed() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+        if device.type != "cpu":
+            torch.set_default_device(device)

@@ -31,7 +31,17 @@ def copied(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.M
         values = buffer.detach()
         changed = convert(values)
         memo[id(buffer)] = values.clone() if changed is values else changed
-    return copy.deepcopy(network, memo)
+    return with_modes_of(network, copy.deepcopy(network, memo))
+
+
+def with_modes_of(network: nn.Module, twin: nn.Module) -> nn.Module:
+    """``twin`` with every module in training or eval mode as in ``network``: a module of torch.fx forgets its own when it is
+    copied.
+    """
+    modes = {name: module.training for name, module in network.named_modules()}
+    for name, module in twin.named_modules():
+        module.training = modes.get(name, module.training)
+    return twin
 
 
 def empty_parts(network: nn.Module) -> dict[int, Any]:
@@ -50,5 +60,7 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 
 def on_cpu(dtype: torch.dtype) -> Convert:
-    """For ``copied``: every tensor on the CPU, floating ones of ``dtype``."""
-    return lambda tensor: tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.to("cpu")
+    """For ``copied``: every tensor on the CPU, floating ones of ``dtype``, and none the network's own: a forward may write
+    its parameters.
+    """
+    return lambda tensor: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -17,6 +17,7 @@ from vpdeploy.surgery.trace import modules_followed, twin_of
 from vpdeploy.values import ChannelGroup
 
 DRAWS = 4  # of random weights, at most, until no group is dead
+MORE = 4  # times the side, after as many
 ALIVE = 1e-9  # and each group alone by this: one of EfficientNet-B0's forty honestly changes them by 2e-7 only
 LARGE = 128  # pixels; from there on one image is probed
 HEAVY = 10**8  # parameters; beyond, memory is short before time
@@ -39,21 +40,29 @@ class Bench:
 
 
 def liveliest(
-    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, shape: tuple[int, ...], limit: Limit
+    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, shape: tuple[int, ...], limit: Limit, least: int = 0
 ) -> tuple[Bench, list[ChannelGroup]]:
-    """The draw of weights under which the fewest ``candidates`` are dead, and these, the dead ones excluded.
+    """The draw of weights under which the fewest ``candidates`` are dead, and these, the dead ones excluded. At the smallest
+    square from ``least`` pixels on that runs, or at one MORE times as large, or at ``shape`` [c, h, w].
 
-    With three channels behind a ReLU one draw in ten is dead from there on, and nothing could be probed.
+    With three channels behind a ReLU one draw in ten is dead from there on, and nothing could be probed; and where one pixel
+    is left, a norm over pixels, or attention that leaves a token to itself out, gives zeros whatever the weights.
     """
-    dead: dict[int, int] = {}
-    for seed in range(DRAWS):
-        bench = _bench(backbone, shape, seed=seed, limit=limit)
-        judged = _exclude_dead(bench, candidates)
-        dead[seed] = sum(group.status == "excluded" for group in judged)
-        if dead[seed] == 0:
+    dead: dict[tuple[int, int], int] = {}
+    side = least
+    for seed in range(DRAWS + 1):
+        if seed == DRAWS:
+            if side * MORE > min(shape[1:]):
+                break
+            least = side * MORE
+        bench = _bench(backbone, shape, seed=seed, limit=limit, least=least)
+        judged, side = _exclude_dead(bench, candidates), bench.x.shape[-1]
+        dead[least, seed] = sum(group.status == "excluded" for group in judged)
+        if dead[least, seed] == 0:
             return bench, judged
         del bench  # a large network is in memory once in float64, not twice
-    bench = _bench(backbone, shape, seed=min(dead, key=lambda seed: dead[seed]), limit=limit)
+    least, seed = min(dead, key=lambda draw: dead[draw])
+    bench = _bench(backbone, shape, seed=seed, limit=limit, least=least)
     return bench, _exclude_dead(bench, candidates)
 
 
@@ -89,19 +98,20 @@ def _slopes(bench: Bench, groups: Sequence[ChannelGroup]) -> Tensor:
     mixture = torch.randn(bench.full.shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     try:
         with torch.enable_grad():
-            gated = Gated(twin_of(bench.redrawn, on_cpu(dtype)), groups)
+            # The same tensors where they serve, not yet another copy.
+            gated = Gated(twin_of(bench.redrawn, *([on_cpu(dtype)] if dtype != torch.float64 else [])), groups)
             (slopes,) = torch.autograd.grad((gated(bench.x.to(dtype), gates) * mixture).sum(), [gates])
     except Exception:  # a group that cannot be gated, no gradient, tensors changed in place: forwards decide
         return torch.zeros_like(gates)
     return slopes.abs().nan_to_num(0.0, posinf=0.0) / bench.full.abs().max()
 
 
-def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Limit) -> Bench:
-    """At the smallest square that runs, or at ``shape`` [c, h, w]."""
-    redrawn = redraw(twin_of(backbone, _anew), seed=seed)
+def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Limit, least: int) -> Bench:
+    """At the smallest square from ``least`` pixels on that gives numbers, or at ``shape`` [c, h, w]."""
+    redrawn = redraw(twin_of(backbone, on_cpu(torch.float64)), seed=seed)
     channels, *sides = shape
     failure: Exception | None = None
-    for size in [*((s, s) for s in SIDES if s < min(sides)), sides]:
+    for size in [*((s, s) for s in SIDES if least <= s < min(sides)), sides]:
         x = noise(2 if max(size) < LARGE else 1, (channels, *size))
         try:
             with torch.no_grad(), modules_followed(redrawn, limit):
@@ -111,16 +121,13 @@ def _bench(backbone: nn.Module, shape: tuple[int, ...], *, seed: int, limit: Lim
         except Exception as e:  # too small for this network: try the next size
             failure = e
             continue
+        if size is not sides and isinstance(full, Tensor) and not bool(full.isfinite().all()):
+            continue  # the deviation of one pixel is not a number
         return Bench(redrawn.requires_grad_(False), x, full, limit=limit)
     raise SurgeryError(
         f"network {type(backbone).__name__}: its forward fails in float64 at every size up to "
         f"{' x '.join(map(str, sides))}: {failure}"
     ) from failure
-
-
-def _anew(tensor: Tensor) -> Tensor:
-    """On the CPU, in float64 if it is floating, and never the tensor itself."""
-    return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def noise(batch: int, shape: Sequence[int]) -> Tensor:
@@ -137,6 +144,8 @@ def redraw(network: nn.Module, *, seed: int = 0) -> nn.Module:
     for name, tensor in network.named_parameters():
         if PARAMETRIZED in name:
             continue  # what computes a weight of it may take few values: an orthogonal one would become zero
+        if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
         fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 1
         scale = fan_in**-0.5 * (2**0.5 if tensor.ndim > 1 else 0.5)
         # In place, since one layer may hold most of a network; of variance scale**2, and drawn faster than normal ones.

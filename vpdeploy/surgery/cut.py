@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vpdeploy.models.attention.multihead import MultiheadAttention
 from vpdeploy.models.attention.replace import apply_replacements
-from vpdeploy.models.copies import empty_parts
+from vpdeploy.models.copies import empty_parts, with_modes_of
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.surgery.plan import tensors
 from vpdeploy.surgery.plan_check import check_fit
@@ -31,7 +31,7 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     originals = tensors(backbone)
     for name, axes in plan.kept.items():
         memo[id(originals[name])] = _selected(originals[name], axes)
-    pruned = copy.deepcopy(backbone, memo)
+    pruned = with_modes_of(backbone, copy.deepcopy(backbone, memo))
     for name, values in plan.attributes.items():
         module = pruned.get_submodule(name)
         for key, value in values.items():

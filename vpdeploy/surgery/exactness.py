@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vpdeploy.errors import SurgeryError
 from vpdeploy.surgery.bench import ALIVE, Bench, liveliest, noise, relative_difference
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.gates import Gated, mask_row
@@ -18,11 +19,12 @@ from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.rules.views import BY_NUMBER
 from vpdeploy.surgery.runnable import runnable
-from vpdeploy.surgery.trace import in_module, look, modules_followed, told, twin_of
+from vpdeploy.surgery.trace import Trace, drawing, in_module, look, modules_followed, told, twin_of
 from vpdeploy.values import ChannelGroup, ChannelGroups, ChannelMask
 
 EXACT = 1e-10  # relative, float64: agreement is 1e-16 to 1e-13, the smallest true disagreement seen 3e-8
 CONTROL = 1e-3  # gating all groups must change the logits by this much, relative, or the probe saw nothing
+CHOSEN = "proved of what the forward does with random images"
 APPROXIMATE = "removal is approximate: budget.allow_approximate = true takes it, and tells the difference"
 
 
@@ -55,9 +57,9 @@ def probe(
     candidates = [group for group in groups.groups if group.status == "exact"]
     normalised = [group for group in groups.groups if group.status == "approximate"]
     shape = tuple(example.shape[1:])
-    bench, judged = liveliest(backbone, [*candidates, *normalised], shape=shape, limit=limit or Limit())
+    bench, judged, seen = _bench_and_trace(backbone, [*candidates, *normalised], shape=shape, limit=limit or Limit())
     alive = {group.root: group for group in judged}
-    if _path(backbone, bench.x) != groups.path:  # one image: forwards in float64 are slow at this size
+    if seen.path != groups.path:  # one image: forwards in float64 are slow at this size
         bench = replace(bench, large=noise(1, shape))
     held = len(groups.groups) - len(candidates)  # the classifier is; beside others the rest may honestly change little
     control = CONTROL if held <= 1 else ALIVE
@@ -71,6 +73,11 @@ def probe(
         if group.reason and verdicts[group.root].status == "excluded":
             verdicts[group.root] = replace(
                 verdicts[group.root], reason=f"{verdicts[group.root].reason}; likely cause: {group.reason}"
+            )
+    for root, group in verdicts.items():
+        if seen.choices and group.status == "exact":
+            verdicts[root] = replace(
+                group, reason=f"{CHOSEN}: {seen.choices[0] or 'its forward'} reads a value of the image"
             )
     return replace(groups, groups=tuple(verdicts.get(group.root, group) for group in groups.groups))
 
@@ -174,9 +181,20 @@ def _forward(network: nn.Module, x: Tensor) -> Tensor:
         return network(x)
 
 
-def _path(backbone: nn.Module, x: Tensor) -> str:
-    """What the forward does at the size of ``x``: the same as at the size that showed the groups, or something else."""
-    return look(backbone, x.float()).path
+def _bench_and_trace(
+    backbone: nn.Module, candidates: Sequence[ChannelGroup], *, shape: tuple[int, ...], limit: Limit
+) -> tuple[Bench, list[ChannelGroup], Trace]:
+    """``liveliest``, and what the forward does at its size: the same as at ``shape``, or something else."""
+    least = 0
+    while True:
+        bench, judged = liveliest(backbone, candidates, shape=shape, limit=limit, least=least)
+        side = bench.x.shape[-1]
+        try:
+            return bench, judged, look(backbone, bench.x.float())
+        except SurgeryError:  # one token runs by broadcasting alone
+            if bench.x.shape[1:] == shape:
+                raise
+            least = side + 1
 
 
 def _control(groups: Sequence[ChannelGroup], candidates: Sequence[ChannelGroup], of_all: float) -> float:
@@ -254,7 +272,7 @@ def _training_failure(network: nn.Module, bench: Bench) -> str | None:
     x = bench.x if len(bench.x) > 1 else bench.x.repeat(2, 1, 1, 1)  # norms need two images
     inside: list[str] = []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), modules_followed(network, bench.limit) as inside:
+        with torch.no_grad(), drawing(0), modules_followed(network, bench.limit) as inside:
             network.train()(x)
     except LimitError:
         raise

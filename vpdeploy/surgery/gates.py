@@ -53,6 +53,7 @@ class Gated(nn.Module):
         super().__init__()
         self.backbone = backbone
         self._values: Tensor | None = None
+        self._last: Tensor | None = None
         rows = offsets(groups)
         self.channels = total = sum(group.width for group in groups)
         places: dict[str, Tensor] = {}
@@ -76,14 +77,17 @@ class Gated(nn.Module):
     def _gate(
         self, number: int, last: bool, reader: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        assert self._values is not None, "a gated network is called through Gated"
+        values = self._values
+        if values is None and torch._C._current_graph_task_id() != -1:
+            values = self._last  # activation checkpointing runs it again, in the backward pass
+        assert values is not None, "a gated network is called through Gated"
         x, *rest = args or kwargs.values()  # readers take one tensor, by place or by name
-        mask = self._values[getattr(self, f"place_{number}")]
+        mask = values[getattr(self, f"place_{number}")]
         shaped = mask if last else mask.view(-1, *(1,) * (x.ndim - 2))
         return (_Multiply.apply(x, shaped), *rest), {} if not args else kwargs  # type: ignore[return-value]
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
-        self._values = torch.cat([values, values.new_ones(1)])
+        self._values = self._last = torch.cat([values, values.new_ones(1)])
         try:
             return self.backbone(x)
         finally:

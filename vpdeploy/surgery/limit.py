@@ -17,6 +17,7 @@ import psutil
 from vpdeploy.errors import SurgeryError
 
 USUAL_GIB = 24.0
+OWN_AT_REST = 10_000  # objects; Python 3.12 begins with a few hundred at rest, and who freezes their own has more
 SHARE = 0.9  # of the machine's memory, where that is less
 
 
@@ -93,7 +94,7 @@ def _old_objects_at_rest() -> Iterator[None]:
     """torch alone is a million objects: the garbage collector would look through them all while networks are copied, for a
     quarter of the time.
     """
-    mine = not gc.get_freeze_count()
+    mine = gc.get_freeze_count() < OWN_AT_REST
     if mine:
         gc.freeze()
     try:

@@ -25,6 +25,8 @@ from vpdeploy.surgery.limit import Limit, LimitError
 from vpdeploy.surgery.rules.call import Call, Product, Role
 from vpdeploy.surgery.rules.table import follow
 
+THROWS = 4  # forwards in training mode that leave parameters out
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -32,7 +34,7 @@ class Trace:
 
     ``labels[tensor][axis]``: of every parameter and buffer, [size] each; ``roles``: labels that a product reads or writes,
     and the module that does; ``products``: of one image; ``path``: a hash of the operations and the modules that called them;
-    ``shape``: of the image, [c, h, w].
+    ``shape``: of the image, [c, h, w]; ``choices``: modules that read a number that depends on the image.
     """
 
     labels: dict[str, tuple[Ints, ...]]
@@ -41,6 +43,7 @@ class Trace:
     products: tuple[Product, ...]
     path: str
     shape: tuple[int, ...]
+    choices: tuple[str, ...]
 
 
 def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) -> Trace:
@@ -53,6 +56,7 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
     tensor, and when values of the image decide what runs.
     """
     twin = twin_of(backbone, on_cpu(torch.float32))
+    places = {name: parameter.data_ptr() for name, parameter in twin.named_parameters()}
     with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
@@ -66,6 +70,15 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
                 f"network {type(twin).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
                 f"images {list(example.shape)} and nothing else"
             ) from e
+        if watch.foreign:
+            raise SurgeryError(
+                f"network {type(twin).__name__}: {watch.foreign} uses a parameter that the network does not hold, by a closure, "
+                "a lambda or a hook: a pruned copy would go on using it, untuned; expected a module that holds it: "
+                "write that function as an nn.Module"
+            )
+        for name, parameter in twin.named_parameters():
+            if places[name] != parameter.data_ptr():  # as by weight.data = ...
+                watch.hold_changed(name, "its forward")
         if not isinstance(outputs, Tensor):
             keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
             raise SurgeryError(
@@ -93,21 +106,37 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
         products,
         watch.path.hexdigest(),
         tuple(example.shape[1:]),
+        tuple(dict.fromkeys(watch.choices)),
     )
 
 
 def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:
-    """Outputs in training mode, None where it does not run: then nothing that belongs to it is known."""
+    """Outputs in training mode, None where it does not run: then nothing that belongs to it is known. Again, with other
+    random numbers, while parameters are left out: it may throw a die over them.
+    """
     watch.training = True
     batch = example if len(example) > 1 else example.repeat(2, *(1,) * (example.ndim - 1))  # norms need two
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), plain_attention(), watch:
-            watch.learn(batch, Labelled(tuple(batch.shape)))
-            return twin.train()(batch)
-    except LimitError:
-        raise
-    except Exception:
-        return None
+    outputs: list[Any] = []
+    for seed in range(THROWS):
+        try:
+            with torch.no_grad(), drawing(seed), plain_attention(), watch:
+                watch.learn(batch, Labelled(tuple(batch.shape)))
+                outputs.append(twin.train()(batch))
+        except LimitError:
+            raise
+        except Exception:
+            break
+        if not watch.unseen:
+            break
+    return outputs
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``; the caller's go on afterwards as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not a GPU's, which stays as it is
+        yield
 
 
 def twin_of(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.Module:
@@ -181,6 +210,10 @@ class _Watch(Watch):
         self.path = hashlib.sha256()
         self.unseen = {id(tensor): name for name, tensor in network.named_parameters()}  # no operation took them yet
         self.choices: list[str] = []  # modules that read a number that depends on the image
+        self.foreign = ""  # a module that uses a parameter of another network
+        self._storages = {
+            tensor.untyped_storage().data_ptr(): name for name, tensor in network.named_parameters() if tensor.numel()
+        }
         self.training = False
         self._where = where
         self._gathering = False
@@ -197,7 +230,11 @@ class _Watch(Watch):
 
     def known(self, tensor: Tensor) -> Labelled:
         """Tensors of unknown origin are constants that the forward made: no image reached them."""
-        return self._known.get(tensor) or Labelled(tuple(tensor.shape), constant=True)
+        if (known := self._known.get(tensor)) is not None:
+            return known
+        if isinstance(tensor, nn.Parameter):
+            self.foreign = self.foreign or f"{self._where[-1] if self._where and self._where[-1] else 'its forward'}"
+        return Labelled(tuple(tensor.shape), constant=True)
 
     def learn(self, tensor: Tensor, labelled: Labelled) -> None:
         self._known[tensor] = labelled
@@ -209,6 +246,8 @@ class _Watch(Watch):
             self.unseen.pop(key, None)
         if call.name in CHOICES and not self.training and not all(known.constant for known in call.known.values()):
             self.choices.append(call.module)
+        if func._schema.is_mutable and not self.training:
+            self._note_writes(call)
         call.output = func(*args, **(kwargs or {}))
         if not self._gathering:
             for tensor, labelled in follow(call):
@@ -218,6 +257,18 @@ class _Watch(Watch):
             self.products += call.products
             self.path.update(f"{func} {call.module}\n".encode())
         return call.output
+
+    def _note_writes(self, call: Call) -> None:
+        """Weights that a forward changes are others for each image: what holds of the frozen ones is not known of them."""
+        for argument, value in zip(call.func._schema.arguments, call.args, strict=False):
+            if argument.is_write and isinstance(value, Tensor):
+                name = self._storages.get(value.untyped_storage().data_ptr())
+                if name is not None:
+                    self.hold_changed(name, call.place)
+
+    def hold_changed(self, name: str, place: str) -> None:
+        for labels in self.labels[name]:
+            self.book.hold(labels, f"{place} changes {name} whenever it runs")
 
     def _enter_gather(self, module: ChannelGather, args: tuple[Tensor, ...]) -> None:
         self._gathering = True
