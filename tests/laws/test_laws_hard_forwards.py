@@ -236,6 +236,7 @@ def test_a_network_is_left_as_it_came_and_the_cut_one_is_like_it(name):
     assert pruned(x).shape == (3, 5) and pruned(x).dtype == x.dtype
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch 2.11's compiler warns of torch at its import
 def test_a_compiled_network_is_pruned_as_the_one_inside():
     network = randomised(small_network(), seed=0)
     inside = plain(torch.compile(network))
