@@ -30,8 +30,12 @@ def copied(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.M
     for buffer in network.buffers():
         values = buffer.detach()
         changed = convert(values)
-        memo[id(buffer)] = values.clone() if changed is values else changed
+        memo[id(buffer)] = values.clone() if _same_memory(changed, values) else changed
     return with_modes_of(network, copy.deepcopy(network, memo))
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def with_modes_of(network: nn.Module, twin: nn.Module) -> nn.Module:

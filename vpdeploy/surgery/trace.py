@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vpdeploy.errors import SurgeryError
-from vpdeploy.models.copies import Convert, copied, on_cpu
+from vpdeploy.models.copies import Convert, copied
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.models.plain import plain
 from vpdeploy.models.watch import Watch, unfused_attention
@@ -55,38 +55,13 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
     Raises: SurgeryError when the forward fails, with the module that it fails in, when it gives something else than one
     tensor, and when values of the image decide what runs.
     """
-    twin = twin_of(backbone, on_cpu(torch.float32))
-    places = {name: parameter.data_ptr() for name, parameter in twin.named_parameters()}
+    twin = twin_of(backbone, _shared)
     with modules_followed(twin, limit) as where:
         watch = _Watch(twin, where)
         try:
-            with torch.no_grad(), plain_attention(), watch:
-                watch.learn(example, Labelled(tuple(example.shape)))
-                outputs = twin(example)
-        except LimitError:
-            raise
-        except Exception as e:
-            raise SurgeryError(
-                f"network {type(twin).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
-                f"images {list(example.shape)} and nothing else"
-            ) from e
-        if watch.foreign:
-            raise SurgeryError(
-                f"network {type(twin).__name__}: {watch.foreign} uses a parameter that the network does not hold, by a closure, "
-                "a lambda or a hook: a pruned copy would go on using it, untuned; expected a module that holds it: "
-                "write that function as an nn.Module"
-            )
-        for name, parameter in twin.named_parameters():
-            if places[name] != parameter.data_ptr():  # as by weight.data = ...
-                watch.hold_changed(name, "its forward")
-        if not isinstance(outputs, Tensor):
-            keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
-            raise SurgeryError(
-                f"network {type(twin).__name__}: its forward gives a {type(outputs).__name__}{keys}; expected one tensor, "
-                "the logits: wrap it in a module that returns these alone"
-            )
-        if watch.unseen:
-            outputs = [outputs, _in_training(twin, watch, example)]
+            outputs = _watched(twin, watch, where, example)
+        finally:
+            watch.undo()
     for tensor in tree_leaves(outputs):
         if isinstance(tensor, Tensor):
             watch.book.pay(watch.known(tensor).debts)
@@ -108,6 +83,38 @@ def look(backbone: nn.Module, example: Tensor, *, limit: Limit | None = None) ->
         tuple(example.shape[1:]),
         tuple(dict.fromkeys(watch.choices)),
     )
+
+
+def _watched(twin: nn.Module, watch: _Watch, where: list[str], example: Tensor) -> Any:
+    """Outputs in eval mode and, where parameters are left out, in training mode too."""
+    places = {name: parameter.data_ptr() for name, parameter in twin.named_parameters()}
+    try:
+        with torch.no_grad(), plain_attention(), watch:
+            watch.learn(example, Labelled(tuple(example.shape)))
+            outputs = twin(example)
+    except LimitError:
+        raise
+    except Exception as e:
+        raise SurgeryError(
+            f"network {type(twin).__name__}: its forward fails{in_module(where)}: {told(e)}; expected one that takes "
+            f"images {list(example.shape)} and nothing else"
+        ) from e
+    if watch.foreign:
+        raise SurgeryError(
+            f"network {type(twin).__name__}: {watch.foreign} uses a parameter that the network does not hold, by a closure, "
+            "a lambda or a hook: a pruned copy would go on using it, untuned; expected a module that holds it: "
+            "write that function as an nn.Module"
+        )
+    for name, parameter in twin.named_parameters():
+        if places[name] != parameter.data_ptr():  # as by weight.data = ...
+            watch.hold_changed(name, "its forward")
+    if not isinstance(outputs, Tensor):
+        keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
+        raise SurgeryError(
+            f"network {type(twin).__name__}: its forward gives a {type(outputs).__name__}{keys}; expected one tensor, "
+            "the logits: wrap it in a module that returns these alone"
+        )
+    return [outputs, _in_training(twin, watch, example)] if watch.unseen else outputs
 
 
 def _in_training(twin: nn.Module, watch: _Watch, example: Tensor) -> Any:
@@ -137,6 +144,14 @@ def drawing(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not a GPU's, which stays as it is
         yield
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """On the CPU in float32, where it is that already the same numbers: a large network is in memory once less. What a forward
+    writes into them is put back.
+    """
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.to("cpu", dtype, copy=tensor.is_inference()).detach()  # those of inference mode have no views outside of it
 
 
 def twin_of(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.Module:
@@ -212,8 +227,11 @@ class _Watch(Watch):
         self.choices: list[str] = []  # modules that read a number that depends on the image
         self.foreign = ""  # a module that uses a parameter of another network
         self._storages = {
-            tensor.untyped_storage().data_ptr(): name for name, tensor in network.named_parameters() if tensor.numel()
+            tensor.untyped_storage().data_ptr(): (name, tensor)
+            for name, tensor in network.named_parameters()
+            if tensor.numel()
         }
+        self._written: dict[str, tuple[Tensor, Tensor]] = {}  # a parameter, and what it was
         self.training = False
         self._where = where
         self._gathering = False
@@ -246,7 +264,7 @@ class _Watch(Watch):
             self.unseen.pop(key, None)
         if call.name in CHOICES and not self.training and not all(known.constant for known in call.known.values()):
             self.choices.append(call.module)
-        if func._schema.is_mutable and not self.training:
+        if func._schema.is_mutable:
             self._note_writes(call)
         call.output = func(*args, **(kwargs or {}))
         if not self._gathering:
@@ -262,9 +280,18 @@ class _Watch(Watch):
         """Weights that a forward changes are others for each image: what holds of the frozen ones is not known of them."""
         for argument, value in zip(call.func._schema.arguments, call.args, strict=False):
             if argument.is_write and isinstance(value, Tensor):
-                name = self._storages.get(value.untyped_storage().data_ptr())
-                if name is not None:
+                name, parameter = self._storages.get(value.untyped_storage().data_ptr(), ("", value))
+                if not name:
+                    continue
+                if name not in self._written:
+                    self._written[name] = parameter, parameter.detach().clone()
+                if not self.training:
                     self.hold_changed(name, call.place)
+
+    def undo(self) -> None:
+        """Parameters as they were before the forward: the network that was copied holds them, too."""
+        for parameter, before in self._written.values():
+            parameter.data.copy_(before)
 
     def hold_changed(self, name: str, place: str) -> None:
         for labels in self.labels[name]:
