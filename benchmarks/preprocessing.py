@@ -23,7 +23,7 @@ from torchvision import transforms
 
 from vpdeploy.deploy.bake import Deployable
 from vpdeploy.deploy.onnx_file import to_onnx
-from vpdeploy.measure.engine import open_session
+from vpdeploy.measure.engines.onnxruntime_engine import ort_session
 from vpdeploy.prompts.canvas import Canvas
 
 SIDE, BOUND = 224, 0.5
@@ -64,7 +64,7 @@ def compare(path: Path, deployable: Deployable, photograph: Image.Image, *, thre
     """Time one exported file against the usual transform; the file must do the same work as ``deployable``."""
     torch.set_num_threads(threads)
     how, feed = deployable.resize_how, {"image": np.array(photograph)[None]}
-    session, transform = open_session(path, threads=threads), usual_transform(how)
+    session, transform = ort_session(path, threads=threads), usual_transform(how)
     (ours,) = session.run(None, feed)
     wanted = deployable(torch.from_numpy(feed["image"])).numpy()
     assert np.abs(np.asarray(ours) - wanted).max() < 1e-4, "the exported file does other work"

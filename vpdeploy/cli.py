@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from vpdeploy.errors import VpdeployError
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.recipe.tables import Recipe
+
+if TYPE_CHECKING:
+    from vpdeploy.values import Latency
 
 app = typer.Typer(
     name="vpdeploy",
@@ -64,11 +67,14 @@ RedoOption = Annotated[
         help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
     ),
 ]
+UNSTEADY = 4
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
-    """The entry point: exit status 0 done, 1 an error that the user can mend, 2 usage, 130 interrupted."""
+    """The entry point: exit status 0 done, 1 an error that the user can mend, 2 usage, 4 measured, but not steadily, 130
+    interrupted.
+    """
     with _user_errors():
         app()
 
@@ -147,12 +153,86 @@ def export(run: RunArgument) -> None:
 
 
 @app.command(rich_help_panel="The road")
-def bench(run: RunArgument) -> None:
-    """Measure the exported files: accuracy on the test split, MACs, parameters, bytes, latency, memory."""
+def bench(
+    what: Annotated[list[Path], typer.Argument(metavar="RUN_OR_ONNX...", help="a run folder, or anybody's ONNX files")],
+    engine: Annotated[str | None, typer.Option(help="such as onnxruntime-cpu,openvino-cpu,torch-compile")] = None,
+    batch: Annotated[str | None, typer.Option(help="batch sizes, such as 1,8")] = None,
+    threads: Annotated[str | None, typer.Option(help="thread counts, such as 1,2")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda:N; otherwise each engine's first")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16, of torch and OpenVINO")] = None,
+    seconds: Annotated[float | None, typer.Option(help="of measurement for each file, batch and thread count")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="of the images, where a file leaves it open")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table; of ONNX files")] = False,
+) -> None:
+    """Measure a run's exported files: accuracy on the test split, MACs, parameters, bytes, latency, memory.
+
+    With options: latencies under these conditions, added to the run's report. ONNX files are measured against the first of
+    them. Exit status 4: done, but the machine was not steady.
+    """
+    given = {
+        "engines": engine and tuple(engine.split(",")),
+        "batches": _numbers("--batch", batch),
+        "threads": _numbers("--threads", threads),
+        "device": device,
+        "precision": precision,
+        "seconds": seconds,
+        "image_size": _numbers("--image-size", image_size, between="x"),
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    files = len(what) > 1 or what[0].suffix == ".onnx"
+    if as_json and not files:
+        raise typer.BadParameter("--json goes with ONNX files; a run has report.json")
+    shaky = _bench_files(what, given, as_json=as_json) if files else _bench_run(what[0], given)
+    if shaky:
+        _say_error(
+            f"{len(shaky)} measurements were not steady: the medians of their first and last half differ by more than 15 %; "
+            "stop what else runs on this machine, or measure longer with --seconds"
+        )
+        raise typer.Exit(UNSTEADY)
+
+
+def _numbers(option: str, text: str | None, *, between: str = ",") -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(between))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option}: got {text!r}; expected whole numbers with {between!r} between them"
+        ) from None
+
+
+def _bench_run(run: Path, given: dict[str, Any]) -> list[Latency]:
     from vpdeploy import pipeline
 
-    pipeline.bench(run, display=Display(err))
-    out.print(f"measured: {run}; next: vpdeploy report {run}", soft_wrap=True, highlight=False)
+    if not given:
+        shaky = pipeline.bench(run, display=Display(err))
+        out.print(f"measured: {run}; next: vpdeploy report {run}", soft_wrap=True, highlight=False)
+        return shaky
+    from vpdeploy.report.table import comparison_table
+
+    report = pipeline.bench_more(run, given, display=Display(err))
+    out.print(comparison_table(report))
+    out.print(f"added to: {run / 'report.html'}", soft_wrap=True, highlight=False)
+    return [row for arm in report.arms.values() for row in arm.latency if not row.steady]
+
+
+def _bench_files(files: list[Path], given: dict[str, Any], *, as_json: bool) -> list[Latency]:
+    from vpdeploy.benching import bench_files
+    from vpdeploy.recipe.reading import bench_table
+    from vpdeploy.recipe.tables import BenchTable
+    from vpdeploy.report.table import bench_tables
+
+    size = given.get("image_size")
+    made = bench_files(files, table=bench_table(given, base=BenchTable()), image_size=size, say=Display(err).say)
+    if as_json:
+        from vpdeploy.run_folder import dump
+
+        sys.stdout.write(dump(made).decode() + "\n")
+    else:
+        for table in bench_tables(made):
+            out.print(table)
+    return made.unsteady
 
 
 @app.command(rich_help_panel="The road")

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,10 +20,11 @@ from vpdeploy import run_folder
 from vpdeploy.errors import SurgeryError
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.progress import Display
+from vpdeploy.recipe.reading import bench_table
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector, build_selector, select
-from vpdeploy.shipping import export_arms, measure_arms, try_export
+from vpdeploy.shipping import export_arms, measure_arms, measure_more, try_export, unsteady
 from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
 from vpdeploy.surgery.certificate import certify, enough_images
 from vpdeploy.surgery.cost import build_cost_model
@@ -36,7 +38,7 @@ from vpdeploy.training.fit import fit
 from vpdeploy.training.network import show
 from vpdeploy.training.search import SearchTask, scores_as_arrays, search, with_statistics
 from vpdeploy.training.tune import tune
-from vpdeploy.values import ChannelGroups, Dense, Found, PrunePlan, Report
+from vpdeploy.values import ChannelGroups, Dense, Found, Latency, PrunePlan, Report
 from vpdeploy.workbench import (
     Workbench,
     note_environment,
@@ -71,11 +73,20 @@ def export(folder: Path, *, display: Display) -> None:
         export_arms(_asked_for(Stage("export"), folder, display))
 
 
-def bench(folder: Path, *, display: Display) -> None:
-    """Measure the exported files. The only stage that opens the test split."""
-    read_recipe(folder)
+def bench(folder: Path, *, display: Display) -> list[Latency]:
+    """Measure the exported files. The only stage that opens the test split. Gives the latencies that were not steady."""
+    recipe = read_recipe(folder)
     with run_folder.locked(folder):
         measure_arms(_asked_for(Stage("bench"), folder, display))
+        return unsteady(folder, recipe)
+
+
+def bench_more(folder: Path, given: Mapping[str, Any], *, display: Display) -> Report:
+    """Latencies of a run's files under further conditions, added to its report. ``given``: key of [bench] -> value."""
+    table = bench_table(given, base=read_recipe(folder).bench)
+    with run_folder.locked(folder):
+        measure_more(_reopened(folder, display), table)
+        return write_report(folder)
 
 
 def report(folder: Path) -> Report:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,14 +26,14 @@ from vpdeploy.deploy.vectors import Vectors
 from vpdeploy.errors import DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memories
-from vpdeploy.measure.engine import engine_versions
+from vpdeploy.measure.engines import Subject
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
-from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
 from vpdeploy.training.network import build_canvas
-from vpdeploy.values import Certificate, Measurement, Parities, Parity
+from vpdeploy.values import Certificate, Latency, Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
 PARITY_IMAGES = 32
@@ -130,7 +133,7 @@ def measure_arms(work: Workbench) -> None:
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     with work.doing(stage):
         labels, predictions = _predictions(work, files)
-        latencies = measure_latencies(files, recipe=recipe)
+        latencies = measure_latencies(_subjects(work, files), recipe=recipe)
         for arm, forms in files.items():
             right = predictions[arm] == labels
             by_torch = float((predictions[f"torch {arm}"] == labels).mean())
@@ -150,13 +153,44 @@ def measure_arms(work: Workbench) -> None:
                 ),
                 params=sum(p.numel() for p in network.parameters()),
                 file_bytes={form: path.stat().st_size for form, path in forms.items()},
-                latency=latencies[arm],
+                latency=latencies.arms[arm],
                 memory=measure_memories(forms, recipe=recipe),
             )
             run_folder.write_value(measurement_file(work.run, arm), measurement)
         buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}
         run_folder.write_arrays(work.run / "predictions.npz", buffer)
-        run_folder.write_json(measuring_machine_file(work.run), {**environment(), "engine": engine_versions()})
+        run_folder.write_json(measuring_machine_file(work.run), {**environment(), "engines": latencies.engines})
+
+
+def measure_more(work: Workbench, table: BenchTable) -> None:
+    """Latencies of every arm under the conditions of ``table``, added to what was measured; those under the same are new."""
+    recipe = work.recipe
+    work.require([Stage("bench")], command=f"vpdeploy bench {work.run}")
+    files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
+    latencies = measure_latencies(_subjects(work, files), recipe=recipe.model_copy(update={"bench": table}))
+    for arm, more in latencies.arms.items():
+        path = measurement_file(work.run, arm)
+        measured = run_folder.read_value(path, Measurement)
+        new = {row.conditions: row for row in more}
+        rows = [new.pop(row.conditions, row) for row in measured.latency]
+        run_folder.write_value(path, replace(measured, latency=(*rows, *new.values())))
+    path = measuring_machine_file(work.run)
+    noted = json.loads(run_folder.read_bytes(path))
+    run_folder.write_json(path, {**noted, "engines": {**noted.get("engines", {}), **latencies.engines}})
+
+
+def unsteady(run: Path, recipe: Recipe) -> list[Latency]:
+    """Of what was measured, those rows whose first and last half disagree."""
+    measured = (run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms)
+    return [row for arm in measured for row in arm.latency if not row.steady]
+
+
+def _subjects(work: Workbench, files: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Subject]]:
+    """What the engines run: each arm's files, and the networks that they were exported from."""
+    return {
+        arm: {form: Subject(path, partial(baked, work, arm, form)) for form, path in forms.items()}
+        for arm, forms in files.items()
+    }
 
 
 def _predictions(work: Workbench, files: dict[str, dict[str, Path]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -202,29 +202,60 @@ class Certificate:
     torch_vs_onnx: tuple[Parity, ...] = ()
 
 
-@dataclass(frozen=True)
-class Latency:
-    """One distribution of run times of one exported file, interleaved with the other arms of the same run."""
+class Conditions(NamedTuple):
+    """Under which a time was taken; times under different ones are not compared."""
 
     engine: str
+    device: str
+    precision: str
     form: str
     threads: int
     batch: int
+
+
+@dataclass(frozen=True)
+class _Conditioned:
+    engine: str
+    device: str
+    precision: str
+    form: str
+    threads: int
+    batch: int
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(self.engine, self.device, self.precision, self.form, self.threads, self.batch)
+
+
+@dataclass(frozen=True)
+class Latency(_Conditioned):
+    """One distribution of run times of one exported file, interleaved with the other arms of the same run.
+
+    ``images_per_second`` is of all rounds together. ``steady``: the first and the last half of them agree.
+    """
+
     p50_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
+    images_per_second: float
+    steady: bool
     samples_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak resident set (VmHWM) of a fresh process that runs one file, and its value before the session was made."""
+    """A fresh process that runs one file: its peak resident set (VmHWM), its value before the session was made, how long
+    the session took to make, and the first run.
+    """
 
     form: str
     threads: int
     batch: int
     peak_rss_mib: float
     before_rss_mib: float
+    load_ms: float
+    first_run_ms: float
 
 
 @dataclass(frozen=True)
@@ -245,15 +276,34 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class LatencyFactor:
+class LatencyFactor(_Conditioned):
     """Dense p50 over this arm's p50, with a bootstrap interval at 95 %."""
 
-    engine: str
-    form: str
-    threads: int
-    batch: int
     factor: float
     interval: Interval
+
+
+@dataclass(frozen=True)
+class FileFigures:
+    """One file, measured beside others."""
+
+    file_bytes: int
+    latency: tuple[Latency, ...]
+    memory: tuple[Memory, ...]
+    factors: tuple[LatencyFactor, ...]  # the first file over this one; none of the first
+
+
+@dataclass(frozen=True)
+class FileBench:
+    """Files measured in the same rounds, the first one the baseline."""
+
+    files: Mapping[str, FileFigures]
+    image_shape: tuple[int, ...]
+    environment: Mapping[str, Any]
+
+    @property
+    def unsteady(self) -> list[Latency]:
+        return [row for figures in self.files.values() for row in figures.latency if not row.steady]
 
 
 @dataclass(frozen=True)

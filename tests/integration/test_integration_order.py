@@ -151,7 +151,9 @@ def test_a_report_tells_where_its_numbers_were_measured_and_where_else_was_train
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     here = pipeline.report(run).environment
-    assert here["engine"]["onnxruntime"] == here["packages"]["onnxruntime"] and "training" not in here
+    assert (
+        here["engines"]["onnxruntime-cpu"]["onnxruntime"] == here["packages"]["onnxruntime"] and "training" not in here
+    )
     noted = json.loads((run / "environment.json").read_text())
     noted["environment"]["machine"]["cpu"] = "another"
     (run / "environment.json").write_text(json.dumps(noted))

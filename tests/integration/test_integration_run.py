@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vpdeploy import run_folder
+from vpdeploy.cli import UNSTEADY
 from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.stages import read_recipe
 from vpdeploy.values import Report
@@ -197,7 +198,7 @@ def test_the_same_command_again_redoes_nothing(copied, capsys):
 def test_a_changed_bench_redoes_bench_alone(copied, capsys):
     before = files_of(copied)
     done = here(capsys, *smoke(copied), *settings(["bench.seconds=0.02"]))
-    assert (done.status, done.err.splitlines()) == (0, ["bench ..."])
+    assert done.status in (0, UNSTEADY) and done.err.splitlines()[0] == "bench ..."
     changed = rewritten(before, files_of(copied))
     arms = {"measured/dense.json", "measured/pruned.json", "measured/environment.json"}
     measured = {*arms, "predictions.npz", "skipped.test.txt", "stages.json"}
@@ -238,7 +239,7 @@ def test_a_removed_result_is_made_again_and_nothing_before_it(run, copied, capsy
     (copied / "measured" / "pruned.json").unlink()
     before = files_of(copied)
     done = here(capsys, "bench", copied)
-    assert (done.status, done.err.splitlines()) == (0, ["bench ..."])
+    assert done.status in (0, UNSTEADY) and done.err.splitlines()[0] == "bench ..."
     assert (copied / "predictions.npz").read_bytes() == (run / "predictions.npz").read_bytes()
     changed = rewritten(before, files_of(copied))
     assert "measured/pruned.json" in changed
@@ -251,6 +252,8 @@ def test_commands_one_by_one_give_what_run_gives(copied, capsys):
     for command, says in (("export", "exported:"), ("bench", "measured:"), ("report", "report:")):
         done = here(capsys, command, copied)
         told = f"{command}: done before, and nothing that it reads has changed; to do it again: vpdeploy run "
-        assert done.status == 0 and (command == "report" or done.err.startswith(told))
+        assert done.status in (0, UNSTEADY if command == "bench" else 0) and (
+            command == "report" or done.err.startswith(told)
+        )
         assert says in done.out
     assert rewritten(before, files_of(copied)) <= {*NOTED, *PAGES}

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpdeploy.measure.engine import DTYPES, open_session
+from vpdeploy.measure.engines.onnxruntime_engine import ort_session
+from vpdeploy.measure.inputs import DTYPES
 
 
 def predictor(path: Path, form: str, *, threads: int) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
@@ -17,7 +18,7 @@ def predictor(path: Path, form: str, *, threads: int) -> Callable[[NDArray[Any]]
 
     Raises: VpdeployError when the file cannot be run.
     """
-    session = open_session(path, threads=threads)
+    session = ort_session(path, threads=threads)
     name = session.get_inputs()[0].name
 
     def predict(images: NDArray[Any]) -> NDArray[np.int64]:

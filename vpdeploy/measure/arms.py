@@ -4,34 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+from vpdeploy.measure.engines import Setting, Subject, check_engine
+from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
-from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.values import Latency, Memory
 
-Files = Mapping[str, Mapping[str, Path]]  # arm -> form -> file
+Subjects = Mapping[str, Mapping[str, Subject]]  # arm -> form -> what runs
 
 
-def measure_latencies(files: Files, *, recipe: Recipe) -> dict[str, tuple[Latency, ...]]:
-    """Arm -> one distribution for every form, thread count and batch of the recipe; the float form first."""
-    table, found = recipe.bench, {arm: [] for arm in files}
-    for form in _forms(recipe):
-        for threads in table.threads:
-            for batch in table.batches:
-                rows = measure_latency(
-                    {arm: forms[form] for arm, forms in files.items()},
-                    form=form,
-                    image_shape=image_shape(form, recipe),
-                    batch=batch,
-                    threads=threads,
-                    seconds=table.seconds,
-                    seed=recipe.seed,
-                )
-                for arm, row in rows.items():
-                    found[arm].append(row)
-    return {arm: tuple(rows) for arm, rows in found.items()}
+@dataclass(frozen=True)
+class Latencies:
+    """Arm -> its distributions, and engine -> what it said of itself."""
+
+    arms: Mapping[str, tuple[Latency, ...]]
+    engines: Mapping[str, Mapping[str, Any]]
+
+
+def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
+    """One distribution of every arm for every engine, form, thread count and batch of the recipe; the float form first.
+
+    Raises: VpdeployError for an engine that is not there, before anything is timed.
+    """
+    rows: dict[str, list[Latency]] = {arm: [] for arm in subjects}
+    engines: dict[str, Mapping[str, Any]] = {}
+    settings = settings_of(recipe.bench)
+    for setting in settings:
+        check_engine(setting)
+    for form, setting in product(_forms(recipe), settings):
+        images = random_images(form, image_shape(form, recipe), batch=setting.batch, seed=recipe.seed)
+        timed = measure_latency(
+            {arm: forms[form] for arm, forms in subjects.items()},
+            images,
+            form=form,
+            setting=setting,
+            seconds=recipe.bench.seconds,
+        )
+        engines[setting.engine] = {key: value for key, value in timed.about.items() if key != "threads"}
+        for arm, row in timed.latencies.items():
+            rows[arm].append(row)
+    return Latencies({arm: tuple(of_arm) for arm, of_arm in rows.items()}, engines)
+
+
+def settings_of(table: BenchTable) -> list[Setting]:
+    """Every engine with every thread count and batch."""
+    return [
+        Setting(engine, threads=threads, batch=batch, device=table.device, precision=table.precision)
+        for engine, threads, batch in product(table.engines, table.threads, table.batches)
+    ]
 
 
 def measure_memories(files: Mapping[str, Path], *, recipe: Recipe) -> tuple[Memory, ...]:

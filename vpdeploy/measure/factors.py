@@ -10,18 +10,19 @@ from vpdeploy.values import Factors, Latency, LatencyFactor, Measurement
 
 def latency_factor(dense: Latency, arm: Latency, *, seed: int) -> LatencyFactor:
     """Dense p50 over the arm's p50. Both come from one interleaved run: sample i of each is of the same round."""
-    settings = (dense.engine, dense.form, dense.threads, dense.batch)
-    assert settings == (arm.engine, arm.form, arm.threads, arm.batch), (settings, arm)
+    assert dense.conditions == arm.conditions, (dense.conditions, arm.conditions)
     _, interval = bootstrap_factor(np.asarray(dense.samples_ms), np.asarray(arm.samples_ms), seed=seed)
     # The quotient of the reported medians, so that a reader of the report gets the same number to the last bit.
     factor = dense.p50_ms / arm.p50_ms
-    return LatencyFactor(*settings, factor=factor, interval=(min(interval[0], factor), max(interval[1], factor)))
+    return LatencyFactor(
+        *dense.conditions, factor=factor, interval=(min(interval[0], factor), max(interval[1], factor))
+    )
 
 
 def factors(dense: Measurement, arm: Measurement, *, seed: int) -> Factors:
-    """Dense over ``arm``, above 1 is better. Latencies are matched by engine, form, threads and batch."""
-    measured = {(row.engine, row.form, row.threads, row.batch): row for row in arm.latency}
-    pairs = [(row, measured.get((row.engine, row.form, row.threads, row.batch))) for row in dense.latency]
+    """Dense over ``arm``, above 1 is better. Latencies are matched by their conditions."""
+    measured = {row.conditions: row for row in arm.latency}
+    pairs = [(row, measured.get(row.conditions)) for row in dense.latency]
     shared = [form for form in dense.file_bytes if form in arm.file_bytes]
     return Factors(
         macs=dense.macs / arm.macs,

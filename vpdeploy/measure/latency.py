@@ -1,52 +1,64 @@
-"""Run times of the exported files, all arms interleaved."""
+"""Run times of networks, interleaved."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpdeploy.measure.engine import ENGINE, open_session, random_images
-from vpdeploy.values import Latency
+from vpdeploy.errors import VpdeployError
+from vpdeploy.measure.engines import Session, Setting, Subject, open_session
+from vpdeploy.values import Conditions, Latency
 
 Clock = Callable[[], int]  # nanoseconds
 KEPT_ROUNDS = 2000
 MIN_ROUNDS = 20
+STEADY = 0.15  # a machine whose clock sinks, or that gets a neighbour, moves by more
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Distributions by name, and what the engine said of itself."""
+
+    latencies: Mapping[str, Latency]
+    about: Mapping[str, Any]
 
 
 def measure_latency(
-    files: Mapping[str, Path],
-    *,
-    form: str,
-    image_shape: Sequence[int],
-    batch: int,
-    threads: int,
-    seconds: float,
-    seed: int,
-) -> dict[str, Latency]:
-    """Run every arm's file on random images, round by round, for ``seconds`` each; arm -> its distribution.
+    subjects: Mapping[str, Subject], images: NDArray[Any], *, form: str, setting: Setting, seconds: float
+) -> Timed:
+    """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each.
 
-    image_shape: one image as the form takes it, [h, w, 3] for uint8 and [3, h, w] for float. All arms see the same
-    input, and sample i of every arm is of the same round: what disturbs the machine disturbs all of them.
+    All see the same input, and sample i of each is of the same round: what disturbs the machine disturbs all of them.
 
-    Raises: VpdeployError when a file cannot be run.
+    Raises: VpdeployError when one cannot be run under ``setting``, or does not take such images.
     """
-    images = random_images(form, image_shape, batch=batch, seed=seed)
-    runs = {arm: _runner(path, images, threads=threads) for arm, path in files.items()}
+    sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
+    runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
     for run in runs.values():
         warm_up(run, clock=time.perf_counter_ns)
     samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns)
-    return {arm: summarise(times_ms, form=form, threads=threads, batch=batch) for arm, times_ms in samples.items()}
+    about = next(iter(sessions.values())).about
+    at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
+    return Timed({name: summarise(times_ms, at) for name, times_ms in samples.items()}, about)
 
 
-def _runner(path: Path, images: NDArray[Any], *, threads: int) -> Callable[[], object]:
-    session = open_session(path, threads=threads)
-    feed = {session.get_inputs()[0].name: images}
-    return lambda: session.run(None, feed)
+def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[], object]:
+    """Raises: VpdeployError when ``session`` does not take ``images``."""
+    inputs = session.prepare(images)
+    try:
+        session.run(inputs)
+    except Exception as e:  # engines' errors share no base class but Exception
+        raise VpdeployError(
+            f"{name}: {session.about['engine']} does not run it on images {images.dtype} {list(images.shape)}: "
+            f"{str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}; expected a batch size and an image size "
+            "that it takes"
+        ) from e
+    return lambda: session.run(inputs)
 
 
 def warm_up(run: Callable[[], object], *, clock: Clock) -> int:
@@ -92,18 +104,26 @@ def time_rounds(
     return {arm: np.asarray(values, np.float64)[kept] / 1e6 for arm, values in times.items()}
 
 
-def summarise(times_ms: NDArray[np.float64], *, form: str, threads: int, batch: int) -> Latency:
-    """Percentiles of the very samples that are kept: the report recomputes from itself. times_ms: [rounds]."""
+def summarise(times_ms: NDArray[np.float64], conditions: Conditions) -> Latency:
+    """Figures of the very samples that are kept: the report recomputes from itself. times_ms: [rounds]."""
     # Tenths of a microsecond: below what the clock resolves, and a third of the bytes in report.json.
     samples = np.round(times_ms, 4)
-    p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(samples, [50, 90, 95, 99]))
     return Latency(
-        engine=ENGINE,
-        form=form,
-        threads=threads,
-        batch=batch,
+        *conditions,
         p50_ms=p50,
         p90_ms=p90,
+        p95_ms=p95,
         p99_ms=p99,
+        images_per_second=float(1000 * conditions.batch / samples.mean()),
+        steady=is_steady(samples),
         samples_ms=tuple(samples.tolist()),
     )
+
+
+def is_steady(samples: NDArray[np.float64]) -> bool:
+    """Whether the medians of the first and the last half of the rounds are within STEADY of each other."""
+    if len(samples) < 2:
+        return True
+    first, last = (float(np.median(part)) for part in np.array_split(samples, 2))
+    return max(first, last) <= (1 + STEADY) * min(first, last)

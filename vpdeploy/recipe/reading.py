@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from vpdeploy.errors import ModelError, RecipeError
 from vpdeploy.recipe.paths import absolute
 from vpdeploy.recipe.problems import Problem, cross_field, explain, wrong_keys
-from vpdeploy.recipe.tables import BUDGETS, ModelTable, Recipe
+from vpdeploy.recipe.tables import BUDGETS, BenchTable, ModelTable, Recipe
 
 
 def _nothing_further(recipe: Recipe) -> Iterable[Problem]:
@@ -50,6 +50,17 @@ def load_recipe(
     return parse_recipe(
         raw, where=where, folder=path.resolve().parent, earlier_problems=problems, own_input=own_input, further=further
     )
+
+
+def bench_table(given: Mapping[str, Any], *, base: BenchTable) -> BenchTable:
+    """``base`` with what was given on the command line: key of [bench] -> value.
+
+    Raises: RecipeError with every problem at once.
+    """
+    try:
+        return BenchTable.model_validate({**base.model_dump(), **given})
+    except ValidationError as e:
+        raise RecipeError("bench", explain(e.errors())) from e
 
 
 def parse_recipe(

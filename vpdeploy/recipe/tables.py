@@ -19,6 +19,15 @@ ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
 BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EngineName = Literal[
+    "onnxruntime-cpu",
+    "onnxruntime-cuda",
+    "onnxruntime-tensorrt",
+    "openvino-cpu",
+    "torch-eager",
+    "torch-compile",
+    "torch-cudagraphs",
+]
 Values = TypeVar("Values", bound=tuple[Any, ...])
 
 
@@ -268,11 +277,23 @@ class ExportTable(Table):
 class BenchTable(Table):
     """How the exported files are measured."""
 
+    engines: Annotated[tuple[EngineName, ...], AfterValidator(_each_once)] = Field(
+        default=("onnxruntime-cpu",),
+        description="what runs them; the first gives the headline. openvino-cpu comes with vpdeploy[openvino]; the torch engines run the network that was exported",
+        strict=False,
+        min_length=1,
+    )
+    device: Literal["", "cpu"] | Annotated[str, AfterValidator(_numbered_gpu)] = Field(
+        default="", description='"cuda:1": the GPU of that number; absent: each engine\'s first'
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="of torch and OpenVINO; ONNX Runtime runs what the file holds, which is fp32"
+    )
     batches: Annotated[tuple[Count, ...], AfterValidator(_each_once)] = Field(
         default=(1, 8), description="batch sizes", strict=False, min_length=1
     )
     threads: Annotated[tuple[Threads, ...], AfterValidator(_each_once)] = Field(
-        default=(1, 2), description="ONNX Runtime's threads", strict=False, min_length=1
+        default=(1, 2), description="of one inference", strict=False, min_length=1
     )
     seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
         default=3.0, description="of measurement for each arm, form, batch and thread count"

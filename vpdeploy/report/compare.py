@@ -129,7 +129,7 @@ def _factor_problems(name: str, report: Report) -> Iterator[str]:
     for form, factor in factors.file_bytes.items():
         pairs.append((f"file_bytes.{form}", factor, _quotient(dense.file_bytes.get(form), arm.file_bytes.get(form))))
     for row in factors.latency_p50:
-        key = f"latency_p50[{row.form}, {row.threads} threads, batch {row.batch}]"
+        key = f"latency_p50[{row.engine}, {row.form}, {row.threads} threads, batch {row.batch}]"
         pairs.append((key, row.factor, _quotient(_p50(dense.latency, row), _p50(arm.latency, row))))
         if not row.interval[0] <= row.factor <= row.interval[1]:
             yield f"factors.{name}.{key}: the interval {row.interval} does not contain {row.factor}"
@@ -143,6 +143,5 @@ def _quotient(dense: float | None, arm: float | None) -> float:
 
 
 def _p50(latencies: Sequence[Latency], at: LatencyFactor) -> float | None:
-    settings = (at.engine, at.form, at.threads, at.batch)
-    found = [row.p50_ms for row in latencies if (row.engine, row.form, row.threads, row.batch) == settings]
+    found = [row.p50_ms for row in latencies if row.conditions == at.conditions]
     return found[0] if found else None

@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from vpdeploy.report.headline import latency_at, settings
-from vpdeploy.report.numbers import counted, significant
+from vpdeploy.report.headline import describe, latency_at
+from vpdeploy.report.numbers import significant
 from vpdeploy.values import Certificate, EpochRecord, Latency, Report
 
 # Drawn in these colours, which the page exchanges for its own (style.css defines the variables).
@@ -100,9 +100,9 @@ def latency_figure(report: Report) -> str | None:
     with _drawing(lines * (0.5 + 0.17 * len(report.arms)), "latency") as (figure, svg):
         panels: Any = figure.subplots(lines, columns, squeeze=False).flat
         for panel, row in zip(panels, rows, strict=False):
-            found = {name: latency_at(arm, settings(row)) for name, arm in report.arms.items()}
+            found = {name: latency_at(arm, row.conditions) for name, arm in report.arms.items()}
             _quantiles(panel, {name: latency for name, latency in found.items() if latency})
-            panel.set_title(f"{row.form} form, batch {row.batch}, {counted(row.threads, 'thread')}")
+            panel.set_title(describe(row.conditions))
             panel.set_xlabel("ms", labelpad=1)
         for panel in list(panels)[len(rows) :]:
             panel.set_visible(False)

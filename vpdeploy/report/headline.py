@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 from vpdeploy.report.numbers import counted
-from vpdeploy.values import Latency, LatencyFactor, Measurement, Memory, Report
+from vpdeploy.values import Conditions, Latency, LatencyFactor, Measurement, Memory, Report
 
-Settings = tuple[str, str, int, int]  # engine, form, threads, batch
+USUAL_ENGINE = "onnxruntime-cpu"
 
 
-def headline(report: Report) -> Settings | None:
-    """The float form where it was measured, then the smallest batch, then the fewest threads; None without latencies.
+def headline(report: Report) -> Conditions | None:
+    """The first engine's float form where it was measured, then the smallest batch, then the fewest threads; None without
+    latencies.
 
     The float form times the network; the uint8 form's resize costs every arm the same and would hide what pruning gave.
     """
     rows = report.arms["dense"].latency
-    best = min(rows, key=lambda row: (row.form != "float", row.batch, row.threads), default=None)
-    return None if best is None else settings(best)
+    engines = list(dict.fromkeys(row.engine for row in rows))
+    best = min(
+        rows, key=lambda row: (engines.index(row.engine), row.form != "float", row.batch, row.threads), default=None
+    )
+    return None if best is None else best.conditions
 
 
-def settings(row: Latency | LatencyFactor) -> Settings:
-    return row.engine, row.form, row.threads, row.batch
+def describe(at: Conditions) -> str:
+    """The engine is not told where it is the usual one."""
+    engine = "" if at.engine == USUAL_ENGINE else f"{at.engine}, "
+    precision = "" if at.precision == "fp32" else f"{at.precision}, "
+    return f"{engine}{precision}{at.form} form, batch {at.batch}, {counted(at.threads, 'thread')}"
 
 
-def describe(at: Settings) -> str:
-    _, form, threads, batch = at
-    return f"{form} form, batch {batch}, {counted(threads, 'thread')}"
+def latency_at(arm: Measurement, at: Conditions | None) -> Latency | None:
+    return next((row for row in arm.latency if row.conditions == at), None)
 
 
-def latency_at(arm: Measurement, at: Settings | None) -> Latency | None:
-    return next((row for row in arm.latency if settings(row) == at), None)
-
-
-def factor_at(report: Report, arm: str, at: Settings | None) -> LatencyFactor | None:
+def factor_at(report: Report, arm: str, at: Conditions | None) -> LatencyFactor | None:
     rows = report.factors[arm].latency_p50 if arm in report.factors else ()
-    return next((row for row in rows if settings(row) == at), None)
+    return next((row for row in rows if row.conditions == at), None)
 
 
-def memory_at(arm: Measurement, at: Settings | None) -> Memory | None:
+def memory_at(arm: Measurement, at: Conditions | None) -> Memory | None:
     """Of the same form and batch if it was measured there, otherwise the first."""
-    alike = [row for row in arm.memory if at is not None and (row.form, row.batch) == (at[1], at[3])]
+    alike = [row for row in arm.memory if at is not None and (row.form, row.batch) == (at.form, at.batch)]
     return (alike or list(arm.memory) or [None])[0]
 
 

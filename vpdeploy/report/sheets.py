@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vpdeploy.report.headline import describe, factor_at, headline, latency_at, memory_at, settings
+from vpdeploy.report.headline import describe, factor_at, headline, latency_at, memory_at
 from vpdeploy.report.numbers import (
     NOTHING,
     amount,
@@ -106,23 +106,28 @@ def latencies(report: Report) -> Sheet:
     def rows() -> Iterator[tuple[Cell | str, ...]]:
         for row in report.arms["dense"].latency:
             for name, arm in report.arms.items():
-                found, faster = latency_at(arm, settings(row)), factor_at(report, name, settings(row))
+                found, faster = latency_at(arm, row.conditions), factor_at(report, name, row.conditions)
                 if found is not None:
+                    times = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms)
                     yield (
-                        f"{found.form}",
+                        found.engine if found.precision == "fp32" else f"{found.engine}, {found.precision}",
+                        found.form,
                         name,
                         str(found.batch),
                         str(found.threads),
-                        *(significant(value) for value in (found.p50_ms, found.p90_ms, found.p99_ms)),
+                        *(significant(value) for value in times),
+                        significant(found.images_per_second),
                         Cell(factor(faster.factor), factor_range(faster.interval)) if faster else NOTHING,
-                        str(len(found.samples_ms)),
+                        Cell(str(len(found.samples_ms)), "" if found.steady else "unsteady"),
                     )
 
-    engines = sorted({row.engine for arm in report.arms.values() for row in arm.latency})
-    caption = f"Milliseconds a batch, arms interleaved round by round; engine {', '.join(engines) or NOTHING}."
-    return _sheet(
-        caption, ("form", "arm", "batch", "threads", "p50", "p90", "p99", "faster", "samples"), rows(), words=(0, 1)
+    caption = (
+        "Milliseconds a batch, arms interleaved round by round. Single stream: batch 1, p90; offline: the largest batch, "
+        "images per second. Unsteady: the medians of the first and the last half of the rounds differ by more than 15 %."
     )
+    times = ("p50", "p90", "p95", "p99")
+    columns = ("engine", "form", "arm", "batch", "threads", *times, "images/s", "faster", "rounds")
+    return _sheet(caption, columns, rows(), words=(0, 1, 2))
 
 
 def memories(report: Report) -> Sheet:
@@ -130,12 +135,15 @@ def memories(report: Report) -> Sheet:
         for name, arm in report.arms.items():
             for row in arm.memory:
                 peak, before = significant(row.peak_rss_mib), significant(row.before_rss_mib)
-                yield row.form, name, str(row.batch), str(row.threads), peak, before
+                begun = (significant(ms) for ms in (row.load_ms, row.first_run_ms))
+                yield row.form, name, str(row.batch), str(row.threads), peak, before, *begun
 
     caption = (
-        "Peak resident set (VmHWM) of a fresh process that runs the file, and its value before the session was made."
+        "A fresh process that runs the file with ONNX Runtime on the CPU: its peak resident set (VmHWM), its value before the "
+        "session was made, how long that took, and the first run."
     )
-    return _sheet(caption, ("form", "arm", "batch", "threads", "peak, MiB", "before, MiB"), rows(), words=(0, 1))
+    columns = ("form", "arm", "batch", "threads", "peak, MiB", "before, MiB", "load, ms", "first run, ms")
+    return _sheet(caption, columns, rows(), words=(0, 1))
 
 
 def accuracies(report: Report) -> Sheet:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from vpdeploy.report.compare import PROMPT_PAIRS
-from vpdeploy.report.headline import Settings, describe, factor_at, headline
+from vpdeploy.report.headline import describe, factor_at, headline
 from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
-from vpdeploy.values import AccuracyDifference, Interval, LatencyFactor, Report
+from vpdeploy.values import AccuracyDifference, Conditions, Interval, LatencyFactor, Report
 
 ARMS = {
     "dense": "tuned, nothing removed, no prompt",
@@ -25,7 +25,7 @@ def verdicts(report: Report) -> list[str]:
     return [_verdict(report, name, at) for name in report.arms if name != "dense"]
 
 
-def _verdict(report: Report, name: str, at: Settings | None) -> str:
+def _verdict(report: Report, name: str, at: Conditions | None) -> str:
     factors, difference, faster = report.factors[name], report.accuracy_difference[name], factor_at(report, name, at)
     parts = [_macs(factors.macs)]
     if faster is not None and at is not None:
@@ -43,7 +43,7 @@ def _macs(value: float) -> str:
     return f"{factor(value)} fewer MACs" if value > 1 else f"{factor(1 / value)} more MACs"
 
 
-def _speed(row: LatencyFactor, at: Settings) -> str:
+def _speed(row: LatencyFactor, at: Conditions) -> str:
     low, high = row.interval
     bounds = f"95 % interval {factor_range(row.interval)}; {describe(at)}"
     if low <= 1 <= high:

@@ -13,10 +13,13 @@ from onnx import TensorProto, helper, numpy_helper
 from vpdeploy.errors import VpdeployError
 from vpdeploy.measure import memory
 from vpdeploy.measure.accuracy import predictor, walk
-from vpdeploy.measure.engine import engine_versions, open_session, random_images
+from vpdeploy.measure.engines import Setting, Subject
+from vpdeploy.measure.engines.onnxruntime_engine import about_onnxruntime, ort_session
 from vpdeploy.measure.environment import environment
+from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
+from vpdeploy.values import Conditions
 
 
 @pytest.fixture(scope="module")
@@ -64,32 +67,35 @@ def test_random_images_are_what_the_form_takes():
 
 
 def test_every_arm_is_measured_in_the_same_rounds(colour_model):
-    files = {"dense": colour_model, "pruned": colour_model}
-    measured = measure_latency(files, form="float", image_shape=(3, 8, 8), batch=2, threads=1, seconds=0.001, seed=0)
+    subjects = {"dense": Subject(colour_model), "pruned": Subject(colour_model)}
+    images = random_images("float", (3, 8, 8), batch=2, seed=0)
+    timed = measure_latency(subjects, images, form="float", setting=Setting(batch=2), seconds=0.001)
+    measured = timed.latencies
     assert list(measured) == ["dense", "pruned"]
     assert len(measured["dense"].samples_ms) == len(measured["pruned"].samples_ms) >= 20
     row = measured["dense"]
-    assert (row.engine, row.form, row.threads, row.batch) == ("onnxruntime-cpu", "float", 1, 2)
-    assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
+    assert row.conditions == Conditions("onnxruntime-cpu", "cpu", "fp32", "float", 1, 2)
+    assert 0 < row.p50_ms <= row.p90_ms <= row.p95_ms <= row.p99_ms and row.images_per_second > 0
+    assert timed.about == {**about_onnxruntime(), "device": "cpu", "threads": 1}
 
 
 def test_sessions_do_not_spin(colour_model):
-    options = open_session(colour_model, threads=2).get_session_options()
+    options = ort_session(colour_model, threads=2).get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
-    assert engine_versions()["spinning"] is False
+    assert about_onnxruntime()["spinning"] is False
 
 
 def test_a_missing_file_says_what_to_run(tmp_path):
     with pytest.raises(VpdeployError, match=r"pruned\.onnx: no such file.*run `vpdeploy export` first"):
-        open_session(tmp_path / "pruned.onnx", threads=1)
+        ort_session(tmp_path / "pruned.onnx", threads=1)
 
 
 def test_a_damaged_file_says_what_to_run(tmp_path):
     path = tmp_path / "pruned.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(VpdeployError, match=r"pruned\.onnx: ONNX Runtime .* cannot open it.*`vpdeploy export` again"):
-        open_session(path, threads=1)
+        ort_session(path, threads=1)
 
 
 def test_the_memory_process_names_its_failure(tmp_path):
@@ -105,6 +111,7 @@ def test_peak_memory_is_the_childs_own(colour_model):
     assert measured is not None
     assert ballast.nbytes / 2**20 > measured.peak_rss_mib > measured.before_rss_mib > 5
     assert (measured.form, measured.batch, measured.threads) == ("float", 8, 1)
+    assert measured.load_ms > 0 and measured.first_run_ms > 0
 
 
 def test_without_proc_there_is_no_memory_figure(colour_model, monkeypatch, tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vpdeploy.measure.factors import factors, latency_factor
-from vpdeploy.measure.latency import summarise, time_rounds, warm_up
-from vpdeploy.values import Measurement
+from vpdeploy.measure.latency import STEADY, is_steady, summarise, time_rounds, warm_up
+from vpdeploy.values import Conditions, Measurement
 
 
 class FakeClock:
@@ -88,13 +88,30 @@ def test_warm_up_gives_up_after_two_seconds():
 
 
 def _latency(samples):
-    return summarise(np.asarray(samples), form="float", threads=1, batch=1)
+    return summarise(np.asarray(samples), Conditions("onnxruntime-cpu", "cpu", "fp32", "float", 1, 1))
 
 
 def test_percentiles_are_those_of_the_samples_kept():
     latency = _latency(np.arange(1, 102, dtype=float))
-    assert (latency.p50_ms, latency.p90_ms, latency.p99_ms) == (51.0, 91.0, 100.0)
+    assert (latency.p50_ms, latency.p90_ms, latency.p95_ms, latency.p99_ms) == (51.0, 91.0, 96.0, 100.0)
+    assert latency.images_per_second == pytest.approx(1000 / 51)
     assert latency.samples_ms == tuple(float(i) for i in range(1, 102))
+
+
+def test_a_measurement_is_steady_when_its_halves_agree():
+    first = np.full(10, 2.0)
+    for factor, steady in (
+        (1.0, True),
+        (1 + 0.9 * STEADY, True),
+        (1 + 1.1 * STEADY, False),
+        (1 / (1 + 1.1 * STEADY), False),
+    ):
+        samples = np.concatenate([first, factor * first])
+        assert is_steady(samples) is steady and _latency(samples).steady is steady
+    spikes = np.where(
+        np.arange(20) % 5 == 0, 50.0, 2.0
+    )  # now and then a slow round, all along: that is how it is there
+    assert is_steady(spikes)
 
 
 def _measurement(latency):

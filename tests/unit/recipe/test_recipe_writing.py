@@ -63,6 +63,9 @@ def other(key: str, value: object) -> object:
         "compute.workers": 1,
         "compare.arms": ["dense", "pruned"],
         "export.forms": ["float"],
+        "bench.engines": ["torch-eager"],
+        "bench.device": "cpu",
+        "bench.precision": "bf16",
         "model.args": {"x": 1},
     }
     if key in words:

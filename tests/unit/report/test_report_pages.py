@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from vpdeploy.errors import VpdeployError
+from vpdeploy.measure.latency import summarise
 from vpdeploy.report.compare import About, check_consistency, compare
 from vpdeploy.report.numbers import amount, percent, points, significant, tiny
 from vpdeploy.report.render import fenced, markdown_text, render
@@ -20,6 +21,7 @@ from vpdeploy.report.verdict import prompt_effect, verdicts
 from vpdeploy.values import (
     AccuracyDifference,
     Certificate,
+    Conditions,
     EpochRecord,
     Factors,
     GroupRecord,
@@ -42,9 +44,8 @@ def _latencies(p50: float, seed: int) -> tuple[Latency, ...]:
             for threads in (1, 2):
                 middle = (p50 + extra) * batch**0.9 / threads**0.7
                 samples = np.random.default_rng(seed + batch).gamma(60, middle / 60, 301).round(4)
-                p50_ms, p90_ms, p99_ms = (float(value) for value in np.percentile(samples, [50, 90, 99]))
-                values = (p50_ms, p90_ms, p99_ms, tuple(samples.tolist()))
-                rows.append(Latency("onnxruntime-cpu", form, threads, batch, *values))
+                at = Conditions("onnxruntime-cpu", "cpu", "fp32", form, threads, batch)
+                rows.append(summarise(samples, at))
     return tuple(rows)
 
 
@@ -60,7 +61,7 @@ def _measurement(accuracy: float, *, macs: int, params: int, p50: float, seed: i
         params=params,
         file_bytes={"float": 4 * params + 30_000, "uint8": 4 * params + 40_000},
         latency=_latencies(p50, seed),
-        memory=(Memory("float", 1, 1, 61.25 + params / 2**18, 41.5),),
+        memory=(Memory("float", 1, 1, 61.25 + params / 2**18, 41.5, 12.5, 3.75),),
     )
 
 
@@ -69,7 +70,7 @@ def _factors(dense: Measurement, arm: Measurement) -> Factors:
     for a, b in zip(dense.latency, arm.latency, strict=True):
         value = a.p50_ms / b.p50_ms
         interval = (0.97 * value, 1.03 * value)
-        rows.append(LatencyFactor(a.engine, a.form, a.threads, a.batch, value, interval))
+        rows.append(LatencyFactor(*a.conditions, value, interval))
     sizes = {form: dense.file_bytes[form] / arm.file_bytes[form] for form in dense.file_bytes}
     return Factors(dense.macs / arm.macs, dense.params / arm.params, sizes, tuple(rows))
 
@@ -173,7 +174,13 @@ def test_every_contradiction_is_told_at_once(report):
         check_consistency(broken)
     message = str(error.value)
     assert "run `vpdeploy bench` again" in message
-    for part in ("pruned.params", "file_bytes.float", "latency_p50[float, 1 threads, batch 1]", "pruned.n", "interval"):
+    for part in (
+        "pruned.params",
+        "file_bytes.float",
+        "latency_p50[onnxruntime-cpu, float, 1 threads, batch 1]",
+        "pruned.n",
+        "interval",
+    ):
         assert part in message
 
 

@@ -1,0 +1,102 @@
+"""Anybody's ONNX files against each other: measured in the same rounds, or refused with the reason."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from vpdeploy import cli
+from vpdeploy.benching import bench_files
+from vpdeploy.errors import VpdeployError
+from vpdeploy.recipe.reading import bench_table
+from vpdeploy.recipe.tables import BenchTable
+
+QUICK = BenchTable(seconds=0.001, batches=(1, 4), threads=(1,))
+
+
+def model(path: Path, *, axes=("n", 3, "h", "w"), kind=TensorProto.FLOAT, inputs: int = 1, work: int = 1) -> Path:
+    """Logits are the mean of each colour, ``work`` times over."""
+    names = [f"x{i}" for i in range(inputs)]
+    cast = [helper.make_node("Cast", ["x0"], ["y0"], to=TensorProto.FLOAT)]
+    same = [helper.make_node("Neg", [f"y{i}"], [f"y{i + 1}"]) for i in range(work)]
+    places = [1, 2] if axes[-1] == 3 else [2, 3]
+    mean = helper.make_node("ReduceMean", [f"y{work}", "places"], ["logits"], keepdims=0)
+    graph = helper.make_graph(
+        [*cast, *same, mean], "colours",
+        [helper.make_tensor_value_info(name, kind, list(axes)) for name in names],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [axes[0], 3])],
+        [numpy_helper.from_array(np.array(places, np.int64), "places")],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path) -> list[Path]:
+    return [model(tmp_path / "slow.onnx", axes=("n", 3, 16, 16), work=40), model(tmp_path / "fast.onnx")]
+
+
+def test_files_are_measured_against_the_first(pair):
+    made = bench_files(pair, table=QUICK, image_size=None)
+    slow, fast = (made.files[str(path)] for path in pair)
+    assert made.image_shape == (3, 16, 16)  # the one that is fixed decides for the one that is open
+    assert [row.batch for row in slow.latency] == [row.batch for row in fast.latency] == [1, 4]
+    assert slow.factors == () and len(fast.factors) == 2
+    for factor, base, row in zip(fast.factors, slow.latency, fast.latency, strict=True):
+        assert factor.factor == base.p50_ms / row.p50_ms and factor.conditions == base.conditions == row.conditions
+        assert len(base.samples_ms) == len(row.samples_ms)
+    assert fast.file_bytes == pair[1].stat().st_size
+    assert made.environment["engines"]["onnxruntime-cpu"]["providers"] == ["CPUExecutionProvider"]
+
+
+REFUSED = {
+    "gone": (lambda at: [at / "gone.onnx"], "gone.onnx: no such file; expected an ONNX file, or a run folder"),
+    "no model": (lambda at: [at / "text.onnx"], "text.onnx: (is no ONNX file|takes nothing)"),
+    "two inputs": (lambda at: [model(at / "a.onnx", inputs=2)], "a.onnx: takes x0, x1; expected one input, a batch of images"),
+    "of integers": (lambda at: [model(at / "a.onnx", kind=TensorProto.INT64)], r"its input 'x0' is int64 .*; expected uint8"),
+    "of vectors": (lambda at: [model(at / "a.onnx", axes=("n", 3))], r"its input 'x0' is float \[None, 3\]; expected uint8"),
+    "of one image": (lambda at: [model(at / "a.onnx", axes=(1, 3, 8, 8))], "a.onnx: takes batches of 1 only, got 4; ask for"),
+    "of any size": (lambda at: [model(at / "a.onnx")], "takes images of any size; expected --image-size HEIGHTxWIDTH"),
+    "of two sizes": (
+        lambda at: [model(at / "a.onnx", axes=("n", 3, 8, 8)), model(at / "b.onnx", axes=("n", 3, 9, 9))],
+        "b.onnx: takes images of 9 x 9, got --image-size 8x8; leave it out",
+    ),
+    "of two forms": (
+        lambda at: [model(at / "a.onnx"), model(at / "b.onnx", axes=("n", "h", "w", 3), kind=TensorProto.UINT8)],
+        "the files take different inputs .*a.onnx float, .*b.onnx uint8.; expected the same form of each",
+    ),
+    "twice the same": (lambda at: [model(at / "a.onnx"), at / "a.onnx"], "expected each file once"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_measured_is_refused(name, tmp_path):
+    (tmp_path / "text.onnx").write_text("not a model")
+    make, message = REFUSED[name]
+    with pytest.raises(VpdeployError, match=message):
+        bench_files(make(tmp_path), table=QUICK, image_size=None)
+
+
+def test_a_batch_that_no_memory_holds_is_refused(tmp_path):
+    path = model(tmp_path / "a.onnx")
+    with pytest.raises(
+        VpdeployError, match="a batch of 4 images of 3 x 16000 x 16000 takes 11.4 GiB; expected at most 4"
+    ):
+        bench_files([path], table=QUICK.model_copy(update={"batches": (4,)}), image_size=(16000, 16000))
+
+
+def test_all_that_is_wrong_with_the_options_is_told_at_once():
+    with pytest.raises(VpdeployError) as caught:
+        bench_table({"engines": ("tvm",), "batches": (0,), "seconds": -1.0}, base=BenchTable())
+    assert all(part in str(caught.value) for part in ("engines", "tvm", "batches", "seconds"))
+
+
+def test_the_command_prints_one_object(pair, capsys):
+    command = ("bench", *pair, "--batch", "1,2", "--threads", "1", "--seconds", "0.001", "--json")
+    cli.app(list(map(str, command)), standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["files"]) == [str(path) for path in pair]
+    assert [row["batch"] for row in found["files"][str(pair[1])]["factors"]] == [1, 2]

@@ -1,0 +1,53 @@
+"""Engines by name. Each is imported when it is asked for: a file runs without torch, and without OpenVINO."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject
+from vpdeploy.recipe.tables import EngineName
+
+ENGINES: tuple[str, ...] = get_args(EngineName)
+
+
+def check_engine(setting: Setting) -> None:
+    """Raises: EngineError when ``setting`` cannot be had here; nothing is opened."""
+    family = _family(setting.engine)
+    if family == "onnxruntime":
+        from vpdeploy.measure.engines.onnxruntime_engine import check_onnxruntime
+
+        check_onnxruntime(setting)
+    elif family == "openvino":
+        from vpdeploy.measure.engines.openvino_engine import check_openvino
+
+        check_openvino(setting)
+    else:
+        from vpdeploy.measure.engines.torch_engine import check_torch
+
+        check_torch(setting)
+
+
+def open_session(subject: Subject, setting: Setting) -> Session:
+    """``subject`` under ``setting``.
+
+    Raises: EngineError when it cannot be had here, or would fall back to something else; VpdeployError for a file that
+    cannot be run.
+    """
+    family = _family(setting.engine)
+    if family == "onnxruntime":
+        from vpdeploy.measure.engines.onnxruntime_engine import open_onnxruntime
+
+        return open_onnxruntime(subject, setting)
+    if family == "openvino":
+        from vpdeploy.measure.engines.openvino_engine import open_openvino
+
+        return open_openvino(subject, setting)
+    from vpdeploy.measure.engines.torch_engine import open_torch
+
+    return open_torch(subject, setting)
+
+
+def _family(engine: str) -> str:
+    if engine not in ENGINES:
+        raise EngineError(f"engine: got {engine!r}; expected one of {', '.join(ENGINES)}")
+    return engine.partition("-")[0]

@@ -1,0 +1,73 @@
+"""OpenVINO on the CPU: Intel's runtime reads the same ONNX files."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vpdeploy.errors import VpdeployError
+from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, only_device
+
+
+def _openvino() -> Any:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as e:
+        raise EngineError(
+            "engine openvino-cpu: OpenVINO is not installed; install vpdeploy[openvino], or choose another engine"
+        ) from e
+
+
+def check_openvino(setting: Setting) -> None:
+    """Raises: EngineError without OpenVINO, or for what it cannot do."""
+    only_device(setting, "cpu")
+    core = _openvino().Core()
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if setting.precision != "fp32" and setting.precision.upper() not in able:
+        raise EngineError(
+            f"engine openvino-cpu: this CPU has no {setting.precision} (OpenVINO lists {', '.join(able)}); expected fp32"
+        )
+
+
+def open_openvino(subject: Subject, setting: Setting) -> Session:
+    """One stream, tuned for latency, in the precision asked for: by default OpenVINO takes bf16 where the CPU has it.
+
+    Raises: EngineError without OpenVINO; VpdeployError when it cannot run the file.
+    """
+    path, ov = subject.file(setting), _openvino()
+    check_openvino(setting)
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(setting.threads),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[setting.precision],
+    }
+    try:
+        compiled = ov.Core().compile_model(str(path), "CPU", config)
+    except RuntimeError as e:
+        raise VpdeployError(
+            f"{path}: OpenVINO {ov.__version__} cannot open it: {_first_line(e)}; expected an exported model, opset 18 to 21"
+        ) from e
+    request = compiled.create_infer_request()
+    devices = list(compiled.get_property("EXECUTION_DEVICES"))
+    if devices != ["CPU"]:
+        raise EngineError(f"engine openvino-cpu: ran on {', '.join(devices)}; expected CPU")
+
+    def run(images: Any) -> Any:
+        request.infer({0: images}, share_inputs=True, share_outputs=True)
+        return request.get_output_tensor(0).data
+
+    about = {
+        "engine": setting.engine,
+        "openvino": ov.__version__,
+        "device": "cpu",
+        "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        "streams": int(compiled.get_property("NUM_STREAMS")),
+        "precision": str(compiled.get_property("INFERENCE_PRECISION_HINT")),
+    }
+    return Session(run=run, about=about, result=lambda logits: logits.copy())
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
