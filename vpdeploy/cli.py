@@ -67,13 +67,13 @@ RedoOption = Annotated[
         help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
     ),
 ]
-UNSTEADY = 4
+OUT_OF_BOUNDS, UNSTEADY = 3, 4
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main() -> None:
-    """The entry point: exit status 0 done, 1 an error that the user can mend, 2 usage, 4 measured, but not steadily, 130
-    interrupted.
+    """The entry point. Exit status 0: done; 1: an error that the user can mend; 2: usage; 3: a bound that is not met; 4: it was
+    measured, but not steadily; 130: interrupted.
     """
     with _user_errors():
         app()
@@ -209,10 +209,11 @@ def _bench_run(run: Path, given: dict[str, Any]) -> list[Latency]:
         shaky = pipeline.bench(run, display=Display(err))
         out.print(f"measured: {run}; next: vpdeploy report {run}", soft_wrap=True, highlight=False)
         return shaky
-    from vpdeploy.report.table import comparison_table
+    from vpdeploy.report.table import times_table
 
     report = pipeline.bench_more(run, given, display=Display(err))
-    out.print(comparison_table(report))
+    factors = {name: report.factors[name].latency_p50 if name in report.factors else () for name in report.arms}
+    out.print(times_table({name: (arm.latency, factors[name]) for name, arm in report.arms.items()}, first="arm"))
     out.print(f"added to: {run / 'report.html'}", soft_wrap=True, highlight=False)
     return [row for arm in report.arms.values() for row in arm.latency if not row.steady]
 
@@ -236,8 +237,17 @@ def _bench_files(files: list[Path], given: dict[str, Any], *, as_json: bool) -> 
 
 
 @app.command(rich_help_panel="The road")
-def report(run: RunArgument) -> None:
-    """Write report.json, report.md and report.html from what was measured."""
+def report(
+    run: RunArgument,
+    min_speedup: Annotated[float | None, typer.Option(min=0.0, help="dense p50 over pruned p50, at least")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="top-1 below dense, percentage points, at most")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(min=0.0, help="p90 of the pruned file, at most")] = None,
+) -> None:
+    """Write report.json, report.md and report.html from what was measured.
+
+    With bounds, for build servers: one line each, and exit status 3 when one is not met.
+    """
+    from vpdeploy.report.bounds import bounds
     from vpdeploy.report.table import comparison_table
     from vpdeploy.reporting import write_report
     from vpdeploy.run_folder import locked
@@ -248,6 +258,22 @@ def report(run: RunArgument) -> None:
         made = write_report(run)
     out.print(comparison_table(made))
     out.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
+    asked = bounds(made, min_speedup=min_speedup, max_drop=max_drop, max_latency_ms=max_latency_ms)
+    for bound in asked:
+        out.print(bound.line, soft_wrap=True, highlight=False)
+    if not all(bound.met for bound in asked):
+        raise typer.Exit(OUT_OF_BOUNDS)
+
+
+@app.command(rich_help_panel="After")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders that have a report")],
+) -> None:
+    """Put runs side by side: the pruned arm of each, at conditions that all were measured under."""
+    from vpdeploy.report.table import runs_table
+    from vpdeploy.reporting import read_report
+
+    out.print(runs_table({str(run): read_report(run) for run in runs}))
 
 
 @app.command(rich_help_panel="Before")

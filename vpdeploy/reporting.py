@@ -73,6 +73,16 @@ def write_report(run: Path) -> Report:
     return made
 
 
+def read_report(run: Path) -> Report:
+    """What `vpdeploy report` wrote.
+
+    Raises: RunFolderError when there is none, or it is damaged.
+    """
+    again = f"run `vpdeploy report {run}`"
+    path = run / "report.json"
+    return run_folder.load(Report, run_folder.read_bytes(path, again=again), where=str(path), again=again)
+
+
 def _noted(path: Path) -> tuple[str, dict[str, Any]]:
     """The command and the environment that `prune` noted."""
     try:

@@ -8,17 +8,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from integration.stand_ins import write_images
 from safetensors.torch import save_file
 from torch import nn
 
 from vpdeploy import pipeline, run_folder, stages
-from vpdeploy.errors import DataError, ModelError, RunFolderError, SurgeryError, VpdeployError
+from vpdeploy.errors import DataError, ModelError, RecipeError, RunFolderError, SurgeryError, VpdeployError
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import with_values
 from vpdeploy.report.compare import check_consistency
+from vpdeploy.reporting import read_report
 
 QUIET = Display(quiet=True)
 CLASSES, EACH, TEST_EACH = ("a", "b"), 16, 4
@@ -269,6 +271,7 @@ def test_a_device_that_is_not_here_binds_no_later_run(images, tmp_path, monkeypa
 
 
 FORKED = """
+import torch
 from torch import nn
 class Forked(nn.Module):
     def __init__(self):
@@ -291,6 +294,7 @@ def test_a_network_that_cannot_be_exported_is_refused_before_any_training(images
 
 
 LINEAR = """
+import torch
 from torch import nn
 def make():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
@@ -317,3 +321,34 @@ def test_a_cut_that_breaks_the_budget_is_an_error(images):
         SurgeryError, match=r"^budget.macs_ratio: the cut network keeps 0.6250, expected at most 0.62: "
     ):
         pipeline._check_budget(smaller, dense, recipe=recipe_for(images, ratio=0.62))
+
+
+def test_latencies_under_other_conditions_are_added_to_the_report(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = pipeline.report(run)
+    threads = torch.get_num_threads()
+    try:
+        made = pipeline.bench_more(
+            run, {"engines": ("torch-eager", "onnxruntime-cpu"), "batches": (1, 2)}, display=QUIET
+        )
+    finally:
+        torch.set_num_threads(threads)
+    at = [(row.engine, row.batch) for row in made.arms["pruned"].latency]
+    # What stands there under the same conditions is new, and in its place.
+    assert at == [("onnxruntime-cpu", 1), ("torch-eager", 1), ("torch-eager", 2), ("onnxruntime-cpu", 2)]
+    assert made.arms["pruned"].latency[0].samples_ms != before.arms["pruned"].latency[0].samples_ms
+    assert [(row.engine, row.batch) for row in made.factors["pruned"].latency_p50] == at
+    assert set(made.environment["engines"]) == {"onnxruntime-cpu", "torch-eager"}
+    assert made.arms["pruned"].accuracy_top1 == before.arms["pruned"].accuracy_top1
+    assert pipeline.report(run) == made == read_report(run)
+    with pytest.raises(RecipeError, match="engines"):
+        pipeline.bench_more(run, {"engines": ("tvm",)}, display=QUIET)
+
+
+def test_runs_without_a_report_cannot_be_compared(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "report.json").unlink()
+    with pytest.raises(RunFolderError, match=r"report.json: cannot be read: .*; run `vpdeploy report "):
+        read_report(run)

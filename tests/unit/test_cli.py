@@ -16,7 +16,7 @@ from torch import nn
 
 from vpdeploy import cli
 
-COMMANDS = ("run", "prune", "export", "bench", "report", "inspect", "predict", "verify", "check")
+COMMANDS = ("run", "prune", "export", "bench", "report", "compare", "inspect", "predict", "verify", "check")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def comparison(report: Report) -> Sheet:
     """One row an arm, dense first."""
     at = headline(report)
     where = describe(at) if at else "not measured"
-    form = at[1] if at else next(iter(report.arms["dense"].file_bytes), "float")
+    form = at.form if at else next(iter(report.arms["dense"].file_bytes), "float")
     columns = (
         "arm",
         "top-1",

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from vpdeploy.report.headline import describe, headline
-from vpdeploy.report.numbers import NOTHING, factor, factor_range, mebibytes, significant
+from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
+from vpdeploy.report.numbers import (
+    NOTHING,
+    amount,
+    factor,
+    factor_range,
+    mebibytes,
+    percent,
+    points,
+    points_range,
+    significant,
+)
 from vpdeploy.report.sheets import comparison
-from vpdeploy.values import FileBench, Report
+from vpdeploy.values import FileBench, Latency, LatencyFactor, Report
 
 # n and peak memory stand in the report: ten columns do not fit on a terminal of 100.
 SHOWN = {
@@ -44,30 +56,74 @@ def _text(text: str, note: str) -> Text:
 
 def bench_tables(bench: FileBench) -> list[Table]:
     """The times of files, and what they take: bytes, memory and the start."""
-    caption = "the same random images, interleaved round by round; faster: the first file over this one, 95 % interval"
-    times = _table(
-        caption, *("file", "engine", "batch", "threads", "p50 ms", "p90", "p95", "p99", "images/s", "faster")
+    times = times_table(
+        {name: (figures.latency, figures.factors) for name, figures in bench.files.items()}, first="file"
     )
     takes = _table(
         "a fresh process with ONNX Runtime on the CPU", *("file", "MiB", "batch", "peak MiB", "load ms", "first ms")
     )
     for name, figures in bench.files.items():
-        faster = {row.conditions: row for row in figures.factors}
-        for row in figures.latency:
-            factored = faster.get(row.conditions)
-            times.add_row(
-                _text(name, "" if row.steady else "unsteady"), row.engine, str(row.batch), str(row.threads),
-                *(significant(ms) for ms in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.images_per_second)),
-                NOTHING if factored is None else _text(factor(factored.factor), factor_range(factored.interval)),
-            )  # fmt: skip
         for row in figures.memory:
             took = (row.peak_rss_mib, row.load_ms, row.first_run_ms)
             takes.add_row(name, mebibytes(figures.file_bytes), str(row.batch), *(significant(value) for value in took))
     return [times, takes]
 
 
+def times_table(rows: Mapping[str, tuple[Iterable[Latency], Iterable[LatencyFactor]]], *, first: str) -> Table:
+    """Every distribution, by name and conditions, and how much faster it is than the first name's."""
+    caption = f"the same images, interleaved round by round; faster: the first {first} over this one, 95 % interval"
+    columns = (first, "engine", "form", "batch", "threads", "p50 ms", "p90", "p95", "p99", "images/s", "faster")
+    table = _table(caption, *columns)
+    for name, (latencies, factors) in rows.items():
+        faster = {row.conditions: row for row in factors}
+        for row in latencies:
+            factored = faster.get(row.conditions)
+            table.add_row(
+                _text(name, "" if row.steady else "unsteady"),
+                row.engine, row.form, str(row.batch), str(row.threads),
+                *(significant(value) for value in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.images_per_second)),
+                NOTHING if factored is None else _text(factor(factored.factor), factor_range(factored.interval)),
+            )  # fmt: skip
+    return table
+
+
 def _table(caption: str, *columns: str) -> Table:
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("file", "engine") else "right")
+        table.add_column(column, justify="left" if column in ("file", "engine", "form", "run", "arm") else "right")
+    return table
+
+
+def runs_table(reports: Mapping[str, Report]) -> Table:
+    """The main arm of each run, at the first run's headline conditions where all were measured under them."""
+    shared = set.intersection(
+        *({row.conditions for row in report.arms["dense"].latency} for report in reports.values())
+    )
+    first = next(iter(reports.values()))
+    at = next((row.conditions for row in first.arms["dense"].latency if row.conditions in shared), None)
+    at = headline(first) if headline(first) in shared else at
+    cpus = {str(report.environment.get("machine", {}).get("cpu")) for report in reports.values()}
+    where = "no conditions that all were measured under" if at is None else describe(at)
+    caption = f"latency: {where}" + (
+        "" if len(cpus) == 1 else f"; measured on different machines: {', '.join(sorted(cpus))}"
+    )
+    table = _table(caption, *("run", "arm", "top-1", "Δ points", "MACs", "params", "MiB", "p50 ms", "faster"))
+    for name, report in reports.items():
+        arm = main_arm(report)
+        if arm is None:
+            continue
+        measured, saved, against = report.arms[arm], report.factors[arm], report.accuracy_difference[arm]
+        time, faster = latency_at(measured, at), factor_at(report, arm, at)
+        form = next(iter(measured.file_bytes)) if at is None else at.form
+        size = measured.file_bytes.get(form)
+        table.add_row(
+            _text(name, ""), arm,
+            _text(percent(measured.accuracy_top1, measured.n), f"n = {measured.n}"),
+            _text(points(against.difference, against.n), points_range(against.interval, against.n)),
+            _text(amount(measured.macs), factor(saved.macs)),
+            _text(amount(measured.params), factor(saved.params)),
+            NOTHING if size is None else mebibytes(size),
+            NOTHING if time is None else significant(time.p50_ms),
+            NOTHING if faster is None else _text(factor(faster.factor), factor_range(faster.interval)),
+        )  # fmt: skip
     return table

@@ -1,5 +1,6 @@
 """Pages say what the report holds, whatever the names in it, and need no torch."""
 
+import io
 import re
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from rich.console import Console
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.measure.latency import summarise
+from vpdeploy.report.bounds import bounds
 from vpdeploy.report.compare import About, check_consistency, compare
 from vpdeploy.report.numbers import amount, percent, points, significant, tiny
 from vpdeploy.report.render import fenced, markdown_text, render
 from vpdeploy.report.sheets import last_epochs
-from vpdeploy.report.table import comparison_table
+from vpdeploy.report.table import comparison_table, runs_table
 from vpdeploy.report.verdict import prompt_effect, verdicts
 from vpdeploy.values import (
     AccuracyDifference,
@@ -456,3 +458,57 @@ def test_rendering_never_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bounds_are_met_or_not_at_the_headline(report):
+    row, drop = report.factors["pruned"].latency_p50[0], -100 * report.accuracy_difference["pruned"].difference
+    p90 = report.arms["pruned"].latency[0].p90_ms
+    for shift, met in ((1e-6, True), (-1e-6, False)):
+        asked = {"min_speedup": row.factor - shift, "max_drop": drop + shift, "max_latency_ms": p90 + shift}
+        found = bounds(report, **asked)
+        assert [bound.met for bound in found] == [met] * 3
+        assert all(bound.line.startswith("met: " if met else "FAILED: ") for bound in found)
+        assert [words in bound.line for bound, words in zip(found, ("speed-up", "top-1", "p90"), strict=True)] == [
+            True
+        ] * 3
+    assert bounds(report) == []
+
+
+def test_what_was_not_measured_meets_no_bound(report):
+    bare = replace(report, arms={name: replace(arm, latency=()) for name, arm in report.arms.items()})
+    bare = replace(bare, factors={name: replace(saved, latency_p50=()) for name, saved in bare.factors.items()})
+    found = bounds(bare, min_speedup=0.1, max_latency_ms=1e9)
+    assert [(bound.met, "not measured" in bound.line) for bound in found] == [(False, True)] * 2
+    alone = replace(report, arms={"dense": report.arms["dense"]})
+    assert [bound.met for bound in bounds(alone, max_drop=100.0)] == [False]
+
+
+def shown(table) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_runs_stand_side_by_side_at_conditions_that_all_share(report):
+    """The first run's headline, or the first conditions that the other has, too; none is made up."""
+    first = report.arms["dense"].latency
+
+    def with_rows(keep) -> Report:
+        return replace(
+            report,
+            arms={n: replace(a, latency=tuple(r for r in a.latency if keep(r))) for n, a in report.arms.items()},
+            factors={
+                n: replace(f, latency_p50=tuple(r for r in f.latency_p50 if keep(r))) for n, f in report.factors.items()
+            },
+        )
+
+    assert "float form, batch 1, 1 thread" in shown(runs_table({"a": report, "b": report}))
+    text = shown(runs_table({"a": report, "b": with_rows(lambda row: row.batch == 8 and row.threads == 2)}))
+    assert "float form, batch 8, 2 threads" in text
+    at = next(row for row in first if row.batch == 8 and row.threads == 2)
+    pruned = next(row for row in report.arms["pruned"].latency if row.conditions == at.conditions)
+    assert text.count(significant(pruned.p50_ms)) == 2
+    text = shown(runs_table({"a": with_rows(lambda row: row.batch == 1), "b": with_rows(lambda row: row.batch == 8)}))
+    assert "no conditions that all were measured under" in text
+    other = replace(report, environment={"machine": {"cpu": "another"}})
+    assert "measured on different machines: AMD EPYC, another" in shown(runs_table({"a": report, "b": other}))
