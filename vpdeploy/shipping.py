@@ -25,9 +25,10 @@ from vpdeploy.deploy.session import describe
 from vpdeploy.deploy.vectors import Vectors
 from vpdeploy.errors import DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
-from vpdeploy.measure.arms import disagreement, measure_latencies, measure_memories
+from vpdeploy.measure.arms import disagreement, measure_latencies, measure_layers, measure_memories
 from vpdeploy.measure.engines import Subject
 from vpdeploy.measure.environment import environment
+from vpdeploy.measure.layers import layers_of
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe.tables import BenchTable, Recipe
@@ -155,6 +156,7 @@ def measure_arms(work: Workbench) -> None:
                 file_bytes={form: path.stat().st_size for form, path in forms.items()},
                 latency=latencies.arms[arm],
                 memory=measure_memories(forms, recipe=recipe),
+                layers=layers_of(network, measure_layers(forms, recipe=recipe), counted.by_module),
             )
             run_folder.write_value(measurement_file(work.run, arm), measurement)
         buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}

@@ -259,6 +259,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One layer with products: outputs, products of one image, and how long ONNX Runtime takes for it and for what it fuses
+    with it, at the headline conditions. The last one, without a name, is all the rest.
+    """
+
+    module: str
+    width: int
+    macs: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One arm, measured on the files that ship. Accuracies are fractions; intervals are at 95 %."""
 
@@ -273,6 +285,7 @@ class Measurement:
     file_bytes: Mapping[str, int]  # form -> bytes
     latency: tuple[Latency, ...]
     memory: tuple[Memory, ...]
+    layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)

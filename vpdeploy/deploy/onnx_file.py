@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -17,6 +19,7 @@ from vpdeploy.deploy.bake import Deployable
 from vpdeploy.errors import ModelError
 from vpdeploy.run_folder import write_bytes
 
+SCOPES = "pkg.torch.onnx.name_scopes"
 LIMIT_BYTES = 2**31 - 2**24  # a protobuf message holds less than 2 GiB; 16 MiB are left for the graph itself
 
 
@@ -34,7 +37,7 @@ def to_onnx(deployable: Deployable, path: Path, *, opset: int, metadata: Mapping
             f"{path.name}: the weights take {size / 2**30:.2f} GiB; one ONNX file holds less than 2 GiB: "
             "use a smaller network or a smaller budget"
         )
-    model = _without_traces(_trace(deployable, path, opset=opset))
+    model = _without_traces(_named_by_module(_trace(deployable, path, opset=opset)))
     reached = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if reached < opset:
         raise ModelError(
@@ -74,6 +77,32 @@ def _trace(deployable: Deployable, path: Path, *, opset: int) -> onnx.ModelProto
             "forward of tensor operations that fits any batch size: rewrite that part of the model, or exclude it"
         ) from e
     return program.model_proto
+
+
+def _named_by_module(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Nodes named after the module that they come from, such as "backbone.layer1.0.conv1/Conv": in a viewer and in a profile they
+    are found again.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    seen: Counter[str] = Counter()
+    for node in model.graph.node:
+        owner = next(
+            (name.rpartition(".")[0] for name in node.input if name in weights and name.endswith(".weight")), None
+        )
+        name = f"{_scope(node) if owner is None else owner}/{node.op_type}".lstrip("/")
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+    return model
+
+
+def _scope(node: onnx.NodeProto) -> str:
+    """The innermost module that called the operation, as the exporter notes it: a list of names, the operation's own the last."""
+    noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
+    try:
+        scopes = ast.literal_eval(noted)
+        return str(scopes[-2]) if len(scopes) > 1 else ""
+    except (ValueError, SyntaxError):
+        return ""
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,6 +12,7 @@ from typing import Any
 from vpdeploy.measure.engines import Setting, Subject, check_engine
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
+from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
 from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.values import Latency, Memory
@@ -69,6 +70,13 @@ def measure_memories(files: Mapping[str, Path], *, recipe: Recipe) -> tuple[Memo
         for batch in batches
     )
     return tuple(row for row in rows if row is not None)
+
+
+def measure_layers(files: Mapping[str, Path], *, recipe: Recipe) -> dict[str, float]:
+    """Milliseconds of each module of one arm: of its float form where there is one, with one image and the fewest threads."""
+    form = _forms(recipe)[0]
+    images = random_images(form, image_shape(form, recipe), batch=1, seed=recipe.seed)
+    return layer_times(files[form], images, setting=Setting(threads=min(recipe.bench.threads)))
 
 
 def image_shape(form: str, recipe: Recipe) -> Sequence[int]:

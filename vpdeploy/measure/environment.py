@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("vpdeploy", "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "fvcore", "numpy")
+PACKAGES = ("vpdeploy", "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "fvcore", "openvino", "numpy")
 MEASURING = ("vpdeploy", "onnxruntime")
 
 
@@ -23,6 +23,7 @@ def environment() -> dict[str, Any]:
             "cores_logical": psutil.cpu_count(logical=True),
             "cores_physical": psutil.cpu_count(logical=False),
             "cores_usable": _usable_cores(),
+            "cpu_mhz": _clock(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "gpu": _gpu(),
             "os": _operating_system(),
@@ -56,6 +57,17 @@ def _cpu_model() -> str:
 
 def _usable_cores() -> int | None:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+def _clock() -> dict[str, float] | None:
+    """Of the CPU now, and the range it moves in where that is told: MHz."""
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, NotImplementedError, AttributeError):
+        return None
+    if found is None or not found.current:
+        return None
+    return {"current": round(found.current), **({"min": found.min, "max": found.max} if found.max else {})}
 
 
 def _operating_system() -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vpdeploy.errors import VpdeployError
 
 DTYPES = {"uint8": np.dtype(np.uint8), "float": np.dtype(np.float32)}  # of each form's input
-FORMS = {onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.FLOAT: "float"}
+FORMS: dict[int, str] = {onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.FLOAT: "float"}
 MAX_BYTES = 4 * 2**30  # of one batch
 
 

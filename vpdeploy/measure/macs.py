@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from vpdeploy.models.watch import unfused_attention
 
 @dataclass(frozen=True)
 class MacCount:
-    """Products at batch 1, and operations without a count: name -> how often each occurs."""
+    """Products at batch 1, in all and by module; operations without a count: name -> how often each occurs."""
 
     macs: int
     uncounted: dict[str, int]
+    by_module: dict[str, int] = field(default_factory=dict)
 
 
 def count_macs(backbone: nn.Module, *, canvas_size: int) -> MacCount:
@@ -50,7 +51,8 @@ def count_macs(backbone: nn.Module, *, canvas_size: int) -> MacCount:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         macs = analysis.total()
         uncounted = analysis.unsupported_ops()
-    return MacCount(macs=int(macs), uncounted={name: int(times) for name, times in sorted(uncounted.items())})
+        by_module = {name: int(count) for name, count in analysis.by_module().items()}
+    return MacCount(int(macs), {name: int(times) for name, times in sorted(uncounted.items())}, by_module)
 
 
 # --- handles: (inputs, outputs) of one traced operation -> products ---------------------------------------------------

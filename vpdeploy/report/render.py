@@ -93,6 +93,7 @@ def _contents(report: Report) -> dict[str, Any]:
         },
         "accuracies": sheets.accuracies(report),
         "latencies": sheets.latencies(report),
+        "layers": sheets.layers(report),
         "memories": sheets.memories(report),
         "last_epochs": sheets.epochs(sheets.last_epochs(report.history), caption="The last epochs of each stage."),
         "uncounted": sheets.uncounted(report),

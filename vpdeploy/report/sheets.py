@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vpdeploy.report.headline import describe, factor_at, headline, latency_at, memory_at
+from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm, memory_at
 from vpdeploy.report.numbers import (
     NOTHING,
     amount,
@@ -128,6 +128,38 @@ def latencies(report: Report) -> Sheet:
     times = ("p50", "p90", "p95", "p99")
     columns = ("engine", "form", "arm", "batch", "threads", *times, "images/s", "faster", "rounds")
     return _sheet(caption, columns, rows(), words=(0, 1, 2))
+
+
+def layers(report: Report) -> Sheet:
+    """The main arm beside dense, layer by layer: where the time went, and where it did not follow the products."""
+    arm = main_arm(report)
+    pruned = {row.module: row for row in report.arms[arm].layers} if arm else {}
+    dense = [row for row in report.arms["dense"].layers if row.module in pruned]
+    before, after = (sum(row.ms for row in rows) for rows in (report.arms["dense"].layers, pruned.values()))
+
+    def rows() -> Iterator[tuple[Cell | str, ...]]:
+        for row in dense:
+            left = pruned[row.module]
+            yield (
+                row.module or "all the rest",
+                NOTHING
+                if not row.width
+                else str(row.width)
+                if row.width == left.width
+                else f"{row.width} → {left.width}",
+                Cell(amount(left.macs), factor(row.macs / left.macs) if left.macs else ""),
+                significant(row.ms),
+                Cell(significant(left.ms), factor(row.ms / left.ms) if left.ms else ""),
+                f"{100 * row.ms / before:.1f} %",
+                f"{100 * left.ms / after:.1f} %",
+            )
+
+    caption = (
+        "By ONNX Runtime's own profile on the CPU, medians of one image and the fewest threads: its clock counts in microseconds "
+        "and costs time itself, so that shares tell more than sums. What is fused with a layer counts with it."
+    )
+    columns = ("layer", "outputs", "MACs", "dense, ms", f"{arm}, ms", "share of dense", f"share of {arm}")
+    return _sheet(caption, columns, rows() if before and after else iter(()), words=(0,))
 
 
 def memories(report: Report) -> Sheet:

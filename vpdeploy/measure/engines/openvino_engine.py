@@ -63,7 +63,7 @@ def open_openvino(subject: Subject, setting: Setting) -> Session:
         "device": "cpu",
         "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
         "streams": int(compiled.get_property("NUM_STREAMS")),
-        "precision": str(compiled.get_property("INFERENCE_PRECISION_HINT")),
+        "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
     }
     return Session(run=run, about=about, result=lambda logits: logits.copy())
 
