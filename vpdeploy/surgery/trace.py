@@ -151,7 +151,8 @@ def _shared(tensor: Tensor) -> Tensor:
     writes into them is put back.
     """
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to("cpu", dtype, copy=tensor.is_inference()).detach()  # those of inference mode have no views outside of it
+    # Those of inference mode have no views outside of it.
+    return tensor.to("cpu", dtype, copy=tensor.is_inference()).detach()
 
 
 def twin_of(network: nn.Module, convert: Convert = lambda tensor: tensor) -> nn.Module:
