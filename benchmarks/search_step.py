@@ -49,12 +49,13 @@ def plain_step(backbone: nn.Module, recipe: Recipe, compute: Compute) -> Step:
 
 def searching_step(backbone: nn.Module, recipe: Recipe, compute: Compute) -> Step:
     """One step of Adam on scores and prompt, the weights frozen."""
+    assert isinstance(recipe.budget.round_to, int)
     groups = probe(backbone, find_groups(backbone, example_input(SIDE)), example=example_input(SIDE)).prunable
     selector = build_selector(
         groups,
         build_cost_model(backbone, groups, example=example_input(SIDE, batch=1)),
         budget=recipe.budget.kind,
-        ratio=recipe.budget.ratio,
+        requested=recipe.budget.requested,
         round_to=recipe.budget.round_to,
         max_removal=recipe.budget.max_removal,
     )

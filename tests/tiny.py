@@ -88,7 +88,12 @@ def task(
     cost = build_cost_model(backbone, groups, example=example_input(CANVAS, batch=1))
     table = settled.budget
     selector = build_selector(
-        groups, cost, budget=table.kind, ratio=table.ratio, round_to=table.round_to, max_removal=table.max_removal
+        groups,
+        cost,
+        budget=table.kind,
+        requested=table.requested,
+        round_to=table.round_to,
+        max_removal=table.max_removal,
     )
     return SearchTask(Dense(backbone, label_map), groups, selector, prompted=prompted)
 

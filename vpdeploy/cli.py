@@ -64,7 +64,7 @@ RedoOption = Annotated[
         "--redo",
         metavar="STAGE",
         callback=_known_stage,
-        help="do this stage and all after it again: groups, fit, search, cut, tune, export or bench",
+        help="do this stage and all after it again: groups, price, fit, search, cut, tune, export or bench",
     ),
 ]
 OUT_OF_BOUNDS, UNSTEADY = 3, 4
@@ -280,9 +280,9 @@ def compare(
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Tell every problem of a recipe at once, with the key and what to do. Nothing is run."""
     loaded = _load(recipe, set_)
-    arms = ", ".join(loaded.arms)
+    arms, budget = ", ".join(loaded.arms), f"{loaded.budget.kind} {loaded.budget.requested:g}"
     out.print(
-        f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {loaded.budget.kind} {loaded.budget.ratio:g}, arms {arms}",
+        f"{recipe}: fine; {loaded.model.name} on {loaded.data.name}, {budget}, arms {arms}",
         soft_wrap=True,
         highlight=False,
     )

@@ -133,7 +133,8 @@ def _inspected(name: str, backbone: nn.Module, *, size: int, budget: BudgetTable
 def _narrowest(group: ChannelGroup, budget: BudgetTable) -> int:
     if group.status == "excluded":
         return group.width
-    return allowed_widths(group.width, unit=group.unit, round_to=budget.round_to, max_removal=budget.max_removal)[0]
+    round_to = 1 if budget.round_to == "auto" else budget.round_to  # the narrowest that any multiple allows
+    return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=budget.max_removal)[0]
 
 
 def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list[InspectedGroup]:

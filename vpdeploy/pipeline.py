@@ -1,6 +1,6 @@
 """The road, from top to bottom: a recipe goes in, a run folder with verified ONNX files and a report comes out.
 
-    groups -> fit -> search -> cut -> tune -> export -> bench -> report
+    groups -> price -> fit -> search -> cut -> tune -> export -> bench -> report
 
 A stage takes values and leaves one on disk before the next begins; a stage that is done is read back. The arms dense and
 dense+prompt skip search and cut; everything else they share.
@@ -17,17 +17,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from vpdeploy import run_folder
+from vpdeploy.candidates import target_text
 from vpdeploy.errors import SurgeryError
 from vpdeploy.measure.macs import count_macs
+from vpdeploy.pricing import elsewhere, price, selector_for, settle
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import bench_table
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
-from vpdeploy.scoring.select import Selector, build_selector, select
-from vpdeploy.shipping import export_arms, measure_arms, measure_more, try_export, unsteady
+from vpdeploy.scoring.select import Selector
+from vpdeploy.shipping import export_arms, measure_arms, measure_more, unsteady
 from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
 from vpdeploy.surgery.certificate import certify, enough_images
-from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
@@ -38,7 +39,7 @@ from vpdeploy.training.fit import fit
 from vpdeploy.training.network import show
 from vpdeploy.training.search import SearchTask, scores_as_arrays, search, with_statistics
 from vpdeploy.training.tune import tune
-from vpdeploy.values import ChannelGroups, Dense, Found, Latency, PrunePlan, Report
+from vpdeploy.values import ChannelGroups, Dense, Found, Latency, Price, PrunePlan, Report
 from vpdeploy.workbench import (
     Workbench,
     note_environment,
@@ -117,9 +118,8 @@ def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, disp
     if trains or not environment_file(folder).exists():
         note_environment(folder, command)  # of what trained, not of whoever looks again
     groups = grouped(work)
-    selector = selector_for(work, groups)  # an unreachable budget ends here, before any training,
-    if not work.is_done(Stage("fit")):
-        try_export(work)  # and so does a network that cannot be exported
+    # A network that cannot be exported and an unreachable budget end here, before any training.
+    selector = selector_for(work, groups, priced(work, groups))
     dense = fitted(work)
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):
@@ -148,18 +148,20 @@ def grouped(work: Workbench) -> ChannelGroups:
     return run_folder.read_value(path, ChannelGroups)
 
 
-def selector_for(work: Workbench, groups: ChannelGroups) -> Selector:
-    """The recipe's budget over the prunable groups."""
-    table = work.recipe.budget
-    example = example_input(work.recipe.input.canvas, batch=1)
-    return build_selector(
-        groups.prunable,
-        build_cost_model(work.built.backbone, groups.prunable, example=example),
-        budget=table.kind,
-        ratio=table.ratio,
-        round_to=table.round_to,
-        max_removal=table.max_removal,
-    )
+def priced(work: Workbench, groups: ChannelGroups) -> Price:
+    """What widths cost on the target. Measured once: training that has begun goes on under the limits that it began with."""
+    stage, path = Stage("price"), work.run / "price.json"
+    if not work.is_done(stage):
+        with work.doing(stage):
+            run_folder.write_value(path, price(work, groups))
+    found = run_folder.read_value(path, Price)
+    other = elsewhere(found)
+    if other is not None and work.recipe.budget.reads_target:
+        work.display.say(
+            f"warning: the budget was measured on another machine ({other}): what is reached here may differ; to measure it "
+            "here and search again: --redo price"
+        )
+    return found
 
 
 def fitted(work: Workbench) -> Dense:
@@ -206,15 +208,21 @@ def planned(
     stage, path = Stage("cut", arm), arm_file(work.run, "plan.json", arm)
     if not work.is_done(stage):
         with work.doing(stage):
-            selection = select(selector, dict(scores_as_arrays(found)))
+            selection = settle(selector, dict(scores_as_arrays(found)), work, groups, arm=arm)
             source = with_statistics(dense, found)
             cut_plan = plan(source, groups.prunable, selection.mask, replacements=work.built.replacements)
             smaller = cut(source, cut_plan)
             _check_budget(smaller, source, recipe=work.recipe)
-            count = enough_images(selector.cost.macs(selector.cost.dense_widths), at_most=CERTIFICATE_IMAGES)
+            macs = count_macs(source, canvas_size=work.recipe.input.canvas).macs
+            count = enough_images(macs, at_most=CERTIFICATE_IMAGES)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
             certificate = certify(source, smaller, groups, selection, canvas=images)
-            certificate = replace(certificate, replacements=work.built.replacements)
+            certificate = replace(
+                certificate,
+                replacements=work.built.replacements,
+                limits=selection.limits,
+                measured_on=target_text(work.recipe) if work.recipe.budget.measured else "",
+            )
             run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
             run_folder.write_value(path, cut_plan)
     return run_folder.read_value(path, PrunePlan)
@@ -232,9 +240,9 @@ def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> No
         left, whole = (sum(p.numel() for p in network.parameters()) for network in (smaller, dense))
     else:
         return  # channels are what the mask itself says
-    if left > whole * recipe.budget.ratio * (1 + 1e-9):
+    if left > whole * recipe.budget.requested * (1 + 1e-9):
         raise SurgeryError(
-            f"budget.{kind}: the cut network keeps {left / whole:.4f}, expected at most {recipe.budget.ratio:g}: it holds "
+            f"budget.{kind}: the cut network keeps {left / whole:.4f}, expected at most {recipe.budget.requested:g}: it holds "
             "products or parameters that the cost model does not know; set a smaller ratio, and please report the network"
         )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,7 +31,6 @@ from vpdeploy.measure.macs import count_macs, preprocessing_macs
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
-from vpdeploy.training.network import build_canvas
 from vpdeploy.values import Certificate, Latency, Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
@@ -67,18 +64,6 @@ def export_arms(work: Workbench) -> None:
             recipe=work.recipe,
             version=version("vpdeploy"),
         )
-
-
-def try_export(work: Workbench) -> None:
-    """Export the dense network as it is, to nowhere: what fails here would fail after hours of training.
-
-    Raises: ModelError.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        backbone = copy.deepcopy(work.built.backbone).to("cpu", torch.float32).eval().requires_grad_(False)
-        size, canvas = work.recipe.input.image_size, build_canvas(work.recipe, prompted=False)
-        deployable = Deployable(backbone, canvas, form="float", image_size=size, resize_how=work.recipe.input.resize)
-        to_onnx(deployable.eval(), Path(folder) / "dense.float.onnx", opset=work.recipe.export.opset, metadata={})
 
 
 def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:

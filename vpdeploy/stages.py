@@ -21,11 +21,13 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import flatten
 from vpdeploy.run_folder import read_bytes, sha256_of, write_json
 
-ORDER = ("groups", "fit", "search", "cut", "tune", "export", "bench")
+ORDER = ("groups", "price", "fit", "search", "cut", "tune", "export", "bench")
 
 _NETWORK = ("model", "input")
 _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
-_SEARCH = (*_FIT, "prompt", "search", "budget")
+_SEARCH = (*_FIT, "prompt", "search", "budget", "target")
+_PRICE = (*_NETWORK, "budget", "target")
+_PRICED = ("prompt.pixels.kind", "prompt.pixels.stages", "export.forms", "export.opset", "bench.image_size")
 _CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
 _NOT_READ = ("data.limit_test", "data.download", "compute.workers", "compare.arms")
@@ -50,6 +52,8 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     base = _SEARCH if pruned else (*_FIT, "prompt") if prompted else _FIT
     if stage.kind == "groups":
         tables = _NETWORK
+    elif stage.kind == "price":
+        tables = _PRICE
     elif stage.kind == "fit":
         tables = _FIT
     elif stage.kind in ("search", "cut"):
@@ -63,6 +67,10 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
     if stage.kind == "groups":
         read["budget.allow_approximate"] = recipe.budget.allow_approximate
+    if stage.kind == "price":  # what is exported, and what a candidate is shown
+        read |= {key: value for key, value in flatten(recipe).items() if key in _PRICED}
+    elif not recipe.budget.reads_target:  # it is measured there, and decides nothing
+        read = {key: value for key, value in read.items() if not key.startswith("target.")}
     if stage.arm == "pruned-prompt":
         read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
     if stage.kind in ("export", "bench"):
@@ -111,8 +119,10 @@ class Ledger:
         gone = [
             stage.name
             for stage in stages
-            if comes_after(stage, kind)
-            and not (kind in ("search", "cut") and stage.arm.startswith("dense") and not self.changes(stage, recipe))
+            if is_redone(stage, kind)
+            and not (
+                kind in ("price", "search", "cut") and stage.arm.startswith("dense") and not self.changes(stage, recipe)
+            )
         ]
         self._write({name: entry for name, entry in entries.items() if name not in gone})
         return gone
@@ -134,7 +144,7 @@ class Ledger:
         from ``redo`` on are meant to be trained again.
         """
         for stage in training_stages(recipe):
-            changes = [] if redo is not None and comes_after(stage, redo) else self.changes(stage, recipe)
+            changes = [] if redo is not None and is_redone(stage, redo) else self.changes(stage, recipe)
             if changes:
                 shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
                 raise RunFolderError(
@@ -177,6 +187,11 @@ def _is_entry(name: str, entry: Any) -> bool:
 def comes_after(stage: Stage, kind: str) -> bool:
     """Whether ``stage`` is of ``kind`` or later."""
     return ORDER.index(stage.kind) >= ORDER.index(kind)
+
+
+def is_redone(stage: Stage, kind: str) -> bool:
+    """Whether ``stage`` has to be done again once ``kind`` is. Stage 0 knows of no budget."""
+    return comes_after(stage, kind) and not (kind == "price" and stage.kind == "fit")
 
 
 def training_stages(recipe: Recipe) -> list[Stage]:
@@ -231,6 +246,7 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
         return [*measured, measuring_machine_file(run), run / "predictions.npz"]
     return {
         "groups": [run / "groups.json"],
+        "price": [run / "price.json"],
         "fit": [run / "source.safetensors"],
         "search": [arm_file(run, "found.safetensors", arm)],
         "cut": [arm_file(run, "certificate.json", arm), arm_file(run, "plan.json", arm)],

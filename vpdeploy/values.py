@@ -85,12 +85,13 @@ class ChannelMask:
 
 @dataclass(frozen=True)
 class Selection:
-    """A mask and how near it came to what was asked. Ratios are what remains, at most 1."""
+    """A mask and how near it came to what was asked. Ratios are what remains, at most 1; amounts have the unit in their name."""
 
     mask: ChannelMask
-    budget: str  # channel_ratio | macs_ratio | params_ratio
+    budget: str  # a key of [budget]
     requested: float
     reached: float
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # hard ones: requested, reached
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,48 @@ class PrunePlan:
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]]
     widths: Mapping[str, tuple[int, int]]  # group root -> (dense, kept)
     replacements: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of what a network costs, due to ``module`` ("" for none): ``amount`` times the lengths of ``axes``, each a tensor
+    of the backbone and one of its axes.
+    """
+
+    module: str
+    amount: float
+    axes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """One quantity: with every group at its narrowest, as the budget asks (None: it does not speak of it), and dense."""
+
+    quantity: str
+    smallest: float
+    requested: float | None
+    dense: float
+
+
+@dataclass(frozen=True)
+class Price:
+    """What networks of given widths cost on a target, before anything is trained.
+
+    ``costs``: quantity ("latency_ms", "file_mib", "memory_mib") -> terms whose sum it is; ``dense``: the same of the dense
+    network without a prompt, as measured; ``limits``: what a budget's sum may be so that the measured figure is as requested;
+    ``alignment``: width multiple -> MACs per millisecond, relative to the best; ``round_to``: the multiple in use;
+    ``target``: what ran; ``machine``: where.
+    """
+
+    round_to: int
+    costs: Mapping[str, tuple[Term, ...]]
+    dense: Mapping[str, float]
+    limits: Mapping[str, float]
+    alignment: Mapping[str, float]
+    table: tuple[Reach, ...]
+    target: str
+    machine: Mapping[str, str]
+    seconds: float
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -186,7 +229,8 @@ class Certificate:
     larger of both with norms that take no statistics; otherwise None. ``mask_effect`` is how far masking moves the logits
     of the real images from the dense network's: near 0 the agreement would prove nothing. ``replacements``: modules that
     were exchanged for equal ones first. ``torch_vs_onnx``: one Parity for each exported form, in the report alone:
-    a file cannot tell what was measured of itself.
+    a file cannot tell what was measured of itself. ``limits``: hard ones beside the budget, requested and reached;
+    ``measured_on``: what ran the network for those that only measuring can tell.
     """
 
     masked_vs_pruned: float
@@ -200,6 +244,8 @@ class Certificate:
     groups: tuple[GroupRecord, ...]
     replacements: Mapping[str, str] = field(default_factory=dict)
     torch_vs_onnx: tuple[Parity, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    measured_on: str = ""
 
 
 class Conditions(NamedTuple):

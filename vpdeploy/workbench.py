@@ -24,7 +24,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, comes_after, environment_file, is_done, read_recipe, skipped_file
+from vpdeploy.stages import Ledger, Stage, arm_file, environment_file, is_done, is_redone, read_recipe, skipped_file
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
@@ -84,7 +84,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     Raises: RunFolderError when the folder holds another recipe's run; DataError, ModelError for what does not fit.
     """
     source = open_source(recipe.data, seed=recipe.seed)
-    afresh = redo is not None and comes_after(Stage("fit"), redo)
+    afresh = redo is not None and is_redone(Stage("fit"), redo)
     begun = read_recipe(run) if _has_trained(run) and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
     ledger = _ledger(recipe, source, run=run, display=display)

@@ -148,7 +148,7 @@ def test_what_select_says_was_reached_is_what_is_counted_after_the_cut(family, b
     groups = probed(network).prunable
     cost = build_cost_model(network, groups, example=EXAMPLE)
     scores = {g.root: np.random.default_rng(0).random(g.width) for g in groups}
-    selection = select(build_selector(groups, cost, budget=budget, ratio=0.5, round_to=2, max_removal=0.9), scores)
+    selection = select(build_selector(groups, cost, budget=budget, requested=0.5, round_to=2, max_removal=0.9), scores)
     small = cut_to(network, groups, selection.mask)
     if budget == "macs_ratio":
         counted = count_macs(small, canvas_size=SIDE).macs / count_macs(network, canvas_size=SIDE).macs
@@ -156,4 +156,4 @@ def test_what_select_says_was_reached_is_what_is_counted_after_the_cut(family, b
         counted = params(small) / params(network)
     assert selection.reached == counted <= 0.5
     with pytest.raises(BudgetError):
-        build_selector(groups, cost, budget=budget, ratio=0.001, round_to=2, max_removal=0.9)
+        build_selector(groups, cost, budget=budget, requested=0.001, round_to=2, max_removal=0.9)

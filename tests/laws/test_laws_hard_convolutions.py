@@ -247,7 +247,7 @@ def smaller(network: nn.Module, groups: ChannelGroups, *, round_to: int) -> nn.M
         groups.prunable,
         cost,
         budget="params_ratio",
-        ratio=cost.params(np.array(least, float)) / cost.params(cost.dense_widths) + 1e-9,
+        requested=cost.params(np.array(least, float)) / cost.params(cost.dense_widths) + 1e-9,
         round_to=round_to,
         max_removal=0.9,
     )

@@ -57,7 +57,7 @@ class Case:
     def select(self, ratio: float | None = None) -> Selection:
         ratio = self.percent / 100 if ratio is None else ratio
         selector = build_selector(
-            self.groups, self.cost, budget=self.budget, ratio=ratio, round_to=self.round_to,
+            self.groups, self.cost, budget=self.budget, requested=ratio, round_to=self.round_to,
             max_removal=float(self.max_removal),
         )  # fmt: skip
         return select(selector, self.scores)

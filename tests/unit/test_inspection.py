@@ -46,9 +46,9 @@ def test_the_reachable_ratio_is_the_least_budget_that_selection_takes(found):
     groups = probe(network, find_groups(network, example_input(canvas)), example=example_input(canvas)).prunable
     cost = build_cost_model(network, groups, example=example_input(canvas, batch=1))
     for budget, least in (("macs_ratio", found.min_macs_ratio_exact), ("params_ratio", found.min_params_ratio_exact)):
-        build_selector(groups, cost, budget=budget, ratio=least, round_to=8, max_removal=0.9)
+        build_selector(groups, cost, budget=budget, requested=least, round_to=8, max_removal=0.9)
         with pytest.raises(BudgetError, match="the best reachable is"):
-            build_selector(groups, cost, budget=budget, ratio=least * 0.999, round_to=8, max_removal=0.9)
+            build_selector(groups, cost, budget=budget, requested=least * 0.999, round_to=8, max_removal=0.9)
 
 
 def test_a_smaller_max_removal_leaves_more(found):

@@ -16,7 +16,7 @@ from vpdeploy.api.scores import Scores, check_scores, is_number, listed, scores_
 from vpdeploy.errors import BudgetError, ModelError, SurgeryError
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.plain import plain
-from vpdeploy.recipe.tables import BUDGETS
+from vpdeploy.recipe.tables import COUNTED
 from vpdeploy.scoring.select import Selector, build_selector, select
 from vpdeploy.surgery import groups as finder
 from vpdeploy.surgery.certificate import certify
@@ -50,8 +50,8 @@ class Budget:
         problems = []
         if not (is_number(self.ratio) and 0 < self.ratio <= 1):
             problems.append(f"ratio: got {self.ratio!r}; expected what may remain, above 0 and at most 1")
-        if self.kind not in BUDGETS:
-            problems.append(f"kind: got {self.kind!r}; expected one of {', '.join(BUDGETS)}")
+        if self.kind not in COUNTED:
+            problems.append(f"kind: got {self.kind!r}; expected one of {', '.join(COUNTED)}")
         if not (is_number(self.round_to) and isinstance(self.round_to, Integral) and self.round_to >= 1):
             problems.append(f"round_to: got {self.round_to!r}; expected a whole number from 1")
         if not (is_number(self.max_removal) and 0 < self.max_removal < 1):
@@ -192,7 +192,7 @@ def selector_of(network: nn.Module, groups: ChannelGroups, budget: Budget) -> Se
         groups.prunable,
         build_cost_model(network, groups.prunable, example=torch.zeros(1, *groups.shape)),
         budget=budget.kind,
-        ratio=budget.ratio,
+        requested=budget.ratio,
         round_to=budget.round_to,
         max_removal=budget.max_removal,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.measure.engines import Session, Setting, Subject, open_session
+from vpdeploy.measure.engines import Session, Setting, Subject, check_all_ran_there, open_session
 from vpdeploy.values import Conditions, Latency
 
 Clock = Callable[[], int]  # nanoseconds
@@ -39,6 +39,8 @@ def measure_latency(
     """
     sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
     runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
+    for subject in subjects.values():
+        check_all_ran_there(subject, images, setting)
     for run in runs.values():
         warm_up(run, clock=time.perf_counter_ns)
     samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns)

@@ -11,26 +11,29 @@ import onnx
 from numpy.typing import NDArray
 from torch import nn
 
-from vpdeploy.measure.engines import Setting
-from vpdeploy.measure.engines.onnxruntime_engine import profile
+from vpdeploy.measure.engines import Setting, node_times
 from vpdeploy.values import Layer
 
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# What ONNX Runtime adds to the names of nodes and values that it fuses or lays out anew.
-ADDED = re.compile(r"(_nchwc|_token_\d+|_transposed|_Gemm|/MatMulAddFusion)+$")
+# What engines add to the names of nodes and values that they fuse or lay out anew.
+ADDED = re.compile(r"(_nchwc|_token_\d+|_transposed|_Gemm|/MatMulAddFusion|/WithoutBiases)+$")
 PREFIX = "backbone."  # of an exported file's modules
 
 
 def layer_times(path: Path, images: NDArray[Any], *, setting: Setting) -> dict[str, float]:
     """Milliseconds of each module with products, by its name in the backbone, and of all the rest: "" -> ms.
 
-    An activation or a sum that ONNX Runtime fuses into a product counts with it: what is left of both is one node.
+    An activation or a sum that the engine fuses into a product counts with it: what is left of both is one node. Empty for
+    engines that do not tell.
     """
+    nodes = node_times(path, images, setting)
+    if nodes is None:
+        return {}
     model = onnx.load(path, load_external_data=False)
     made_by = {output: node for node in model.graph.node for output in node.output}
     named = {node.name: node for node in model.graph.node}
     times: dict[str, float] = {"": 0.0}
-    for noted in profile(path, images, setting=setting):
+    for noted in nodes:
         name = ADDED.sub("", str(noted["name"]))
         node = named.get(name) or made_by.get(name)
         module = "" if node is None or noted["op"] in ("ReorderInput", "ReorderOutput") else _product_of(node, made_by)

@@ -130,7 +130,10 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
         got = " and ".join(given) or "none"
         advice = "remove the others" if given else "add it, such as macs_ratio = 0.5"
         keys = () if given else ("budget",)
+        if {"latency_ratio", "latency_ms"} <= set(given):
+            advice = "two latency budgets cannot both be met exactly: keep one, or put latency_ms into [budget.limits]"
         yield keys, f"budget: got {got}; expected exactly one of {', '.join(BUDGETS)}: {advice}"
+    yield from _target_problems(recipe, written)
     sides = ("input.image_size", "input.canvas_size")
     if canvas < size:
         yield (
@@ -167,6 +170,39 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
     if recipe.fit.what == "none" and not recipe.model.weights:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
     yield from _bench_problem(recipe)
+
+
+def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Problem]:
+    budget, target = recipe.budget, recipe.target
+    quantities = {
+        name.replace("latency_ratio", "latency_ms"): name for name in BUDGETS if written.get(name) is not None
+    }
+    for name, amount in budget.limits.given.items():
+        if name in quantities:
+            beside = f"budget.{quantities[name]}"
+            yield (
+                (beside, f"budget.limits.{name}"),
+                f"budget.limits.{name}: got {amount:g} beside {beside}; expected one of the two: a limit is for what the budget "
+                "does not speak of",
+            )
+    if target.form is not None and target.form not in recipe.export.forms:
+        forms = ", ".join(map(repr, recipe.export.forms))
+        yield (
+            ("target.form", "export.forms"),
+            f"target.form: got {target.form!r}, which is not exported; expected one of export.forms ({forms})",
+        )
+    memory = written.get("memory_mib") is not None or budget.limits.memory_mib is not None
+    if memory and target.engine != "onnxruntime-cpu":
+        yield (
+            ("target.engine", "budget.memory_mib", "budget.limits.memory_mib"),
+            f"budget.memory_mib: got a budget for target.engine {target.engine!r}; expected 'onnxruntime-cpu': the memory of "
+            "other engines is not measured",
+        )
+    if not target.engine.startswith(("torch", "openvino")) and target.precision != "fp32":
+        yield (
+            ("target.engine", "target.precision"),
+            f"target.precision: got {target.precision!r} for {target.engine!r}; expected 'fp32': it runs what the file holds",
+        )
 
 
 def _bench_problem(recipe: Recipe) -> Iterator[Problem]:

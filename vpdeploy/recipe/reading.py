@@ -126,7 +126,7 @@ def _override(raw: dict[str, Any], text: str) -> Iterator[str]:
         if not isinstance(table, dict):
             yield f"--set {text}: {part} is a value, not a table"
             return
-    if parts[0] == "budget" and parts[-1] in BUDGETS:
+    if parts[:-1] == ["budget"] and parts[-1] in BUDGETS:
         for name in BUDGETS:
             table.pop(name, None)
     table[parts[-1]] = parsed

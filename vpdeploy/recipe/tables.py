@@ -17,7 +17,10 @@ BenchSide = Annotated[int, Field(ge=1, le=16384)]
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
-BUDGETS = ("channel_ratio", "macs_ratio", "params_ratio")
+COUNTED = ("channel_ratio", "macs_ratio", "params_ratio")  # by a formula, of any network
+RATIOS = (*COUNTED, "latency_ratio")
+AMOUNTS = ("latency_ms", "file_mib", "memory_mib")
+BUDGETS = (*RATIOS, *AMOUNTS)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EngineName = Literal[
     "onnxruntime-cpu",
@@ -198,15 +201,50 @@ class SearchTable(Table):
     )
 
 
+class LimitsTable(Table):
+    """Hard limits beside the budget: as much more is removed as they ask for."""
+
+    latency_ms: Positive | None = Field(
+        default=None, description="median milliseconds of the pruned file on [target], at most"
+    )
+    file_mib: Positive | None = Field(
+        default=None, description="of the pruned ONNX file, the larger of its forms, at most"
+    )
+    memory_mib: Positive | None = Field(
+        default=None, description="peak resident memory of a process that runs the pruned file on [target], at most"
+    )
+
+    @property
+    def given(self) -> dict[str, float]:
+        return {name: amount for name in AMOUNTS if (amount := getattr(self, name)) is not None}
+
+
 class BudgetTable(Table):
-    """What may remain: exactly one of the three ratios."""
+    """What may remain: exactly one of the ratios and amounts; limits may stand beside it."""
 
     channel_ratio: Fraction | None = Field(
         default=None, description="of the channels of prunable groups, each group counted once"
     )
     macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
     params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
-    round_to: Count = Field(default=8, description="kept widths are multiples of this, or the full width")
+    latency_ratio: Fraction | None = Field(
+        default=None, description="of the dense file's median run time on [target], both measured in the same rounds"
+    )
+    latency_ms: Positive | None = Field(
+        default=None, description="median milliseconds of the pruned file on [target], at most"
+    )
+    file_mib: Positive | None = Field(
+        default=None, description="of the pruned ONNX file, the larger of its forms, at most; MiB"
+    )
+    memory_mib: Positive | None = Field(
+        default=None,
+        description="peak resident memory of a process that runs the pruned file on [target], at most; MiB",
+    )
+    limits: LimitsTable = Field(default_factory=LimitsTable)
+    round_to: Literal["auto"] | Count = Field(
+        default=8,
+        description="kept widths are multiples of this, or the full width; auto: what a short sweep on [target] finds fast",
+    )
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose"
     )
@@ -220,8 +258,37 @@ class BudgetTable(Table):
         return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
-    def ratio(self) -> float:
+    def requested(self) -> float:
         return getattr(self, self.kind)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The quantities that only [target] can tell, of the budget and of its limits."""
+        asked = {self.kind.replace("latency_ratio", "latency_ms"), *self.limits.given}
+        return tuple(name for name in ("latency_ms", "memory_mib") if name in asked)
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether another [target] would give another network."""
+        return bool(self.measured) or self.round_to == "auto"
+
+
+class TargetTable(Table):
+    """Where latency and memory are measured before anything is trained."""
+
+    engine: EngineName = Field(default="onnxruntime-cpu", description="what will run the file")
+    threads: Threads = Field(default=1, description="of one inference")
+    batch: Annotated[int, Field(ge=1, le=4096)] = Field(default=1, description="images in one run")
+    device: Literal["", "cpu"] | Annotated[str, AfterValidator(_numbered_gpu)] = Field(
+        default="", description='"cuda:1": the GPU of that number; absent: the engine\'s first'
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="of torch and OpenVINO; ONNX Runtime runs what the file holds, which is fp32"
+    )
+    form: Literal["uint8", "float"] | None = Field(
+        default=None,
+        description="float: the backbone behind its prompt; uint8: end to end, with the resize of a bench.image_size image; absent: float where it is exported",
+    )
 
 
 class TuneTable(Table):
@@ -312,6 +379,7 @@ class Recipe(Table):
     fit: FitTable = Field(default_factory=FitTable)
     search: SearchTable = Field(default_factory=SearchTable)
     budget: BudgetTable
+    target: TargetTable = Field(default_factory=TargetTable)
     tune: TuneTable = Field(default_factory=TuneTable)
     compute: ComputeTable = Field(default_factory=ComputeTable)
     compare: CompareTable = Field(default_factory=CompareTable)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from vpdeploy.errors import BudgetError, SurgeryError
-from vpdeploy.surgery.cost import Array, CostModel
+from vpdeploy.surgery.cost import Array, Cost, CostModel
 from vpdeploy.values import ChannelGroup, ChannelMask, Selection
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -19,11 +20,30 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
+class Bound:
+    """One quantity and what it may be at most. ``kind`` and ``requested`` as the recipe says them; ``cost``: of widths [groups],
+    never less for wider ones; ``dense``: what ratios are of; ``limit``: in the unit of both.
+    """
+
+    kind: str
+    cost: Cost
+    dense: float
+    requested: float
+    limit: float
+
+    def reached(self, widths: Array) -> float:
+        """As ``requested`` counts it."""
+        amount = self.cost(widths)
+        return amount if not is_ratio(self.kind) else amount / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True)
 class Selector:
     """All that selection needs and scores do not change, laid out once so that every search step is quick.
 
     The channels of all groups stand in one row, group after group. Ranked by score inside their group they fall into
-    blocks: the first holds what must stay, each further one leads to the next allowed width.
+    blocks: the first holds what must stay, each further one leads to the next allowed width. ``bounds``: the budget, and
+    hard limits beside it.
     """
 
     roots: tuple[str, ...]
@@ -33,16 +53,23 @@ class Selector:
     block_group: Ints  # [blocks]
     block_width: Ints  # [blocks]
     must: Bools  # [blocks] the first block of each group
-    kind: str
-    requested: float
-    limit: float
-    cost: CostModel
+    dense_widths: Array
+    bounds: tuple[Bound, ...]
 
-    def evaluate(self, widths: Array) -> float:
-        """What the budget counts, at these widths."""
-        if self.kind == "channel_ratio":
-            return self.cost.channels(widths)
-        return self.cost.macs(widths) if self.kind == "macs_ratio" else self.cost.params(widths)
+    @property
+    def budget(self) -> Bound:
+        return self.bounds[0]
+
+    @property
+    def least_widths(self) -> Array:
+        return _widths(self, self.must)
+
+    def fits(self, widths: Array) -> bool:
+        return all(bound.cost(widths) <= bound.limit for bound in self.bounds)
+
+    def limited(self, kind: str, limit: float) -> Selector:
+        """The same with another limit on ``kind``."""
+        return replace(self, bounds=tuple(replace(b, limit=limit) if b.kind == kind else b for b in self.bounds))
 
 
 LEAST_CHANNELS = 4  # of a layer: a squeeze of 2 or 3 channels says nothing, and saves nothing
@@ -63,18 +90,23 @@ def allowed_widths(width: int, *, unit: int = 1, round_to: int, max_removal: flo
 
 
 def build_selector(
-    groups: Sequence[ChannelGroup], cost: CostModel, *, budget: str, ratio: float, round_to: int, max_removal: float
+    groups: Sequence[ChannelGroup],
+    cost: CostModel,
+    *,
+    budget: str,
+    requested: float,
+    round_to: int,
+    max_removal: float,
+    limits: Mapping[str, float] = MappingProxyType({}),
+    stops: Callable[[str, Array], str] = lambda kind, widths: "",
 ) -> Selector:
-    """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain, ``ratio`` of the dense ``budget``.
+    """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain: ``requested`` of the dense network for a
+    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``stops`` tells what a kind
+    is made of where widths can get no narrower.
 
-    Raises: BudgetError naming the best reachable ratio when the narrowest allowed widths still cost too much, and without
-    any group to prune.
+    Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much, when the dense
+    network does with less than was requested, and without any group to prune.
     """
-    if not groups and ratio < 1:
-        raise BudgetError(
-            f"budget.{budget}: got {ratio:g}; the best reachable is 1, as nothing can be removed: no channel group is exact; "
-            "`vpdeploy inspect` gives the reasons"
-        )
     widths = np.array([group.width for group in groups], np.int64)
     starts = np.concatenate([[0], np.cumsum(widths)])[:-1].astype(np.int64)
     blocks: list[tuple[int, int, int, bool]] = []  # place, group, width, must stay
@@ -94,27 +126,57 @@ def build_selector(
         block_group=owner,
         block_width=size,
         must=must.astype(bool),
-        kind=budget,
-        requested=ratio,
-        limit=0.0,
-        cost=cost,
+        dense_widths=cost.dense_widths,
+        bounds=tuple(
+            Bound(
+                kind, cost.of(kind), dense := cost.dense_of(kind), amount, amount * (dense if is_ratio(kind) else 1.0)
+            )
+            for kind, amount in ((budget, requested), *limits.items())
+        ),
     )
-    dense = selector.evaluate(cost.dense_widths)
-    least = selector.evaluate(_widths(selector, selector.must))
-    if least > ratio * dense * (1 + 1e-12):
-        raise BudgetError(
-            f"budget.{budget}: got {ratio:g}; the best reachable is {math.ceil(least / dense * 1e4) / 1e4:g} "
-            f"(with round_to = {round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned); "
-            "ask for that or more, lower budget.round_to, or raise budget.max_removal"
-        )
-    return replace(selector, limit=ratio * dense * (1 + 1e-12))
+    for number, bound in enumerate(selector.bounds):
+        key = f"budget.{bound.kind}" if number == 0 else f"budget.limits.{bound.kind}"
+        dense, least = bound.dense, bound.cost(selector.least_widths)
+        if number == 0 and not is_ratio(bound.kind) and bound.limit >= dense:
+            raise BudgetError(
+                f"{key}: got {bound.requested:g}; the dense network has {_shown(dense)} already, so that nothing need be "
+                f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
+            )
+        if not groups and bound.limit < dense:
+            raise BudgetError(
+                f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, dense, dense)}, as nothing can be "
+                "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
+            )
+        if groups and least > bound.limit * (1 + 1e-12):
+            raise BudgetError(
+                f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, dense)} (with round_to = "
+                f"{round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned)"
+                f"{stops(bound.kind, selector.least_widths)}; ask for that or more, lower budget.round_to, or raise "
+                "budget.max_removal"
+            )
+    return replace(selector, bounds=tuple(replace(b, limit=b.limit * (1 + 1e-12)) for b in selector.bounds))
+
+
+def is_ratio(kind: str) -> bool:
+    return kind.endswith("_ratio")
+
+
+def _reachable(bound: Bound, least: float, dense: float) -> str:
+    """Rounded up: what is told can be asked for."""
+    return f"{math.ceil(least / dense * 1e4) / 1e4:g}" if is_ratio(bound.kind) else _shown(least)
+
+
+def _shown(value: float) -> str:
+    """Four digits, rounded up."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return f"{math.ceil(value / step - 1e-9) * step:.6g}"
 
 
 def prices(selector: Selector) -> Array:
-    """What the last channel of each group adds to what the budget counts: [groups], above 0."""
-    dense = selector.cost.dense_widths
+    """What the last channel of each group adds to what the budget counts: [groups], at least 0."""
+    dense, cost = selector.dense_widths, selector.budget.cost
     without = dense - np.eye(len(dense))
-    return np.array([selector.evaluate(dense) - selector.evaluate(widths) for widths in without])
+    return np.array([cost(dense) - cost(widths) for widths in without])
 
 
 def _widths(selector: Selector, taken: Bools) -> Array:
@@ -141,7 +203,7 @@ def select_row(selector: Selector, scores: Array) -> Bools:
     while low < high:
         middle = (low + high + 1) // 2
         taken[queue] = np.arange(len(queue)) < middle
-        if selector.evaluate(_widths(selector, taken)) <= selector.limit:
+        if selector.fits(_widths(selector, taken)):
             low = middle
         else:
             high = middle - 1
@@ -153,7 +215,7 @@ def select_row(selector: Selector, scores: Array) -> Bools:
         if group in full:
             continue
         widths[group] += selector.block_width[block]
-        if selector.evaluate(widths) > selector.limit:
+        if not selector.fits(widths):
             widths[group] -= selector.block_width[block]
             full.add(group)
     rank = np.arange(len(scores)) - selector.starts[selector.group_of]
@@ -171,8 +233,8 @@ def select(selector: Selector, scores: Mapping[str, Array]) -> Selection:
     parts = np.split(stays, selector.starts[1:]) if selector.roots else []
     mask = ChannelMask({root: tuple(bool(k) for k in part) for root, part in zip(selector.roots, parts, strict=True)})
     widths = np.array([sum(mask.keep[root]) for root in selector.roots], float)
-    dense = selector.evaluate(selector.cost.dense_widths)
-    reached = selector.evaluate(widths) / dense if dense else 1.0
-    if stays.all() and selector.requested < 1:
-        raise SurgeryError(f"nothing was removed, though budget.{selector.kind} is {selector.requested:g}")
-    return Selection(mask, selector.kind, selector.requested, reached)
+    budget = selector.budget
+    if stays.all() and not selector.fits(selector.dense_widths):
+        raise SurgeryError(f"nothing was removed, though budget.{budget.kind} is {budget.requested:g}")
+    limits = {bound.kind: (bound.requested, bound.reached(widths)) for bound in selector.bounds[1:]}
+    return Selection(mask, budget.kind, budget.requested, budget.reached(widths), limits)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from vpdeploy.surgery.trace import Trace, look
 from vpdeploy.values import ChannelGroup
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Length = tuple[Array, float]  # of an axis: share of each group's width [g], and what never changes
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,21 @@ class Sum:
         return float(lengths[0] * lengths[1] @ self.rest)
 
 
+Cost = Callable[[Array], float]
+
+
 @dataclass(frozen=True)
 class CostModel:
-    """Products (MACs) of one image and parameters, as functions of the widths of the groups: [g]."""
+    """Products (MACs) of one image and parameters, as functions of the widths of the groups: [g]. ``measured``: further
+    quantities by name, such as "latency_ms"; ``dense``: what these are of the dense network, where that is not what the sum
+    says of its widths: it ships without a prompt.
+    """
 
     products: Sum
     entries: Sum
     dense_widths: Array
+    measured: Mapping[str, Sum] = field(default_factory=dict)
+    dense: Mapping[str, float] = field(default_factory=dict)
 
     def macs(self, widths: Array) -> float:
         return self.products.at(widths)
@@ -49,6 +58,21 @@ class CostModel:
 
     def channels(self, widths: Array) -> float:
         return float(widths.sum())
+
+    def of(self, kind: str) -> Cost:
+        """What a budget of ``kind`` counts."""
+        counted = {"channel_ratio": self.channels, "macs_ratio": self.macs, "params_ratio": self.params}
+        return counted[kind] if kind in counted else self.measured[quantity_of(kind)].at
+
+    def dense_of(self, kind: str) -> float:
+        """The same of the dense network."""
+        found = self.dense.get(quantity_of(kind))
+        return self.of(kind)(self.dense_widths) if found is None else found
+
+
+def quantity_of(kind: str) -> str:
+    """What a budget of ``kind`` limits: a ratio of run times is a time."""
+    return "latency_ms" if kind == "latency_ratio" else kind
 
 
 def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, example: Tensor) -> CostModel:
@@ -61,17 +85,17 @@ def build_cost_model(backbone: nn.Module, groups: Sequence[ChannelGroup], *, exa
 
 def cost_of(seen: Trace, backbone: nn.Module, groups: Sequence[ChannelGroup]) -> CostModel:
     """The same from what a forward of ``backbone`` showed."""
-    column = _columns(seen, groups)
+    column = columns_of(seen, groups)
     widths = np.array([group.width for group in groups], float)
-    products = [(p.rest, [_length(labels, column, widths) for labels in p.axes]) for p in seen.products]
+    products = [(p.rest, [length_of(labels, column, widths) for labels in p.axes]) for p in seen.products]
     entries = [
-        (1.0, [_length(labels, column, widths) for labels in seen.labels[name]])
+        (1.0, [length_of(labels, column, widths) for labels in seen.labels[name]])
         for name, _ in backbone.named_parameters()
     ]
-    return CostModel(_sum(products, widths), _sum(entries, widths), widths)
+    return CostModel(sum_of(products, widths), sum_of(entries, widths), widths)
 
 
-def _columns(seen: Trace, groups: Sequence[ChannelGroup]) -> Ints:
+def columns_of(seen: Trace, groups: Sequence[ChannelGroup]) -> Ints:
     """Component -> number of the group whose channel it is, -1 for none."""
     column = np.full(len(seen.components.of), -1, np.int64)
     for number, group in enumerate(groups):
@@ -80,14 +104,14 @@ def _columns(seen: Trace, groups: Sequence[ChannelGroup]) -> Ints:
     return column[seen.components.of]
 
 
-def _length(labels: Ints, column: Ints, widths: Array) -> tuple[Array, float]:
-    """How long an axis is: (share of each group's width [g], what never changes)."""
+def length_of(labels: Ints, column: Ints, widths: Array) -> Length:
+    """How long an axis with these labels is."""
     owners = column[labels]
     counts = np.bincount(owners[owners >= 0], minlength=len(widths)).astype(float)
     return counts / np.maximum(widths, 1), float((owners < 0).sum())
 
 
-def _sum(terms: Iterable[tuple[float, Sequence[tuple[Array, float]]]], widths: Array) -> Sum:
+def sum_of(terms: Iterable[tuple[float, Sequence[Length]]], widths: Array) -> Sum:
     """At most two axes of a term follow a width, and the others are one factor; a third is taken as it is when dense, so
     that the cut network costs less than is said here, never more.
     """

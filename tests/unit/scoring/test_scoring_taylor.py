@@ -20,7 +20,7 @@ def selector(budget: str) -> Selector:
     constant = np.array([[0.0, 0.0], [1.0, 0.0]])
     products, entries = (Sum(share, constant, np.array(rest)) for rest in ([4.0, 10.0], [1.0, 1.0]))
     cost = CostModel(products, entries, np.array([2.0, 3.0]))
-    return build_selector(GROUPS, cost, budget=budget, ratio=0.5, round_to=1, max_removal=0.9)
+    return build_selector(GROUPS, cost, budget=budget, requested=0.5, round_to=1, max_removal=0.9)
 
 
 @pytest.mark.parametrize(

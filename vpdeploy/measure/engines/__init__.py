@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from numpy.typing import NDArray
 
 from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject
 from vpdeploy.recipe.tables import EngineName
@@ -45,6 +49,30 @@ def open_session(subject: Subject, setting: Setting) -> Session:
     from vpdeploy.measure.engines.torch_engine import open_torch
 
     return open_torch(subject, setting)
+
+
+def node_times(path: Path, images: NDArray[Any], setting: Setting) -> Sequence[Mapping[str, Any]] | None:
+    """Of every operation of a file: name, op, provider, milliseconds; None of engines that do not tell.
+
+    On a GPU ONNX Runtime notes when an operation was launched, not how long it ran.
+    """
+    if setting.engine == "onnxruntime-cpu":
+        from vpdeploy.measure.engines.onnxruntime_engine import profile
+
+        return profile(path, images, setting=setting)
+    if setting.engine == "openvino-cpu":
+        from vpdeploy.measure.engines.openvino_engine import profile_openvino
+
+        return profile_openvino(Subject(path), images, setting)
+    return None
+
+
+def check_all_ran_there(subject: Subject, images: NDArray[Any], setting: Setting) -> None:
+    """Raises: EngineError when ONNX Runtime gave operations that take time to another provider than the GPU's."""
+    if setting.engine in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        from vpdeploy.measure.engines.onnxruntime_engine import profile, refuse_heavy_fall_back
+
+        refuse_heavy_fall_back(profile(subject.file(setting), images, setting=setting, runs=1), setting)
 
 
 def _family(engine: str) -> str:

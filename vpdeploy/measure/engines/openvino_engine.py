@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+from statistics import median
 from typing import Any
+
+from numpy.typing import NDArray
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, only_device
@@ -34,20 +38,7 @@ def open_openvino(subject: Subject, setting: Setting) -> Session:
 
     Raises: EngineError without OpenVINO; VpdeployError when it cannot run the file.
     """
-    path, ov = subject.file(setting), _openvino()
-    check_openvino(setting)
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "INFERENCE_NUM_THREADS": str(setting.threads),
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[setting.precision],
-    }
-    try:
-        compiled = ov.Core().compile_model(str(path), "CPU", config)
-    except RuntimeError as e:
-        raise VpdeployError(
-            f"{path}: OpenVINO {ov.__version__} cannot open it: {_first_line(e)}; expected an exported model, opset 18 to 21"
-        ) from e
+    ov, compiled = _openvino(), _compiled(subject.file(setting), setting)
     request = compiled.create_infer_request()
     devices = list(compiled.get_property("EXECUTION_DEVICES"))
     if devices != ["CPU"]:
@@ -66,6 +57,45 @@ def open_openvino(subject: Subject, setting: Setting) -> Session:
         "precision": compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
     }
     return Session(run=run, about=about, result=lambda logits: logits.copy())
+
+
+def profile_openvino(
+    subject: Subject, images: NDArray[Any], setting: Setting, *, runs: int = 5
+) -> list[dict[str, Any]]:
+    """What OpenVINO notes of every operation that it executes, in ``runs`` runs after a first one: name, op, provider,
+    milliseconds (median).
+
+    Raises: as ``open_openvino``.
+    """
+    request = _compiled(subject.file(setting), setting, PERF_COUNT="YES").create_infer_request()
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(runs + 1):
+        request.infer({0: images}, share_inputs=True)
+        for note in request.profiling_info:
+            if note.real_time:  # none of what was folded into another
+                times.setdefault((note.node_name, note.node_type), []).append(note.real_time.total_seconds() * 1e3)
+    return [
+        {"name": name, "op": op, "provider": "CPU", "ms": median(found[1:] or found)}
+        for (name, op), found in times.items()
+    ]
+
+
+def _compiled(path: Path, setting: Setting, **more: str) -> Any:
+    ov = _openvino()
+    check_openvino(setting)
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(setting.threads),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[setting.precision],
+        **more,
+    }
+    try:
+        return ov.Core().compile_model(str(path), "CPU", config)
+    except RuntimeError as e:
+        raise VpdeployError(
+            f"{path}: OpenVINO {ov.__version__} cannot open it: {_first_line(e)}; expected an exported model, opset 18 to 21"
+        ) from e
 
 
 def _first_line(error: Exception) -> str:

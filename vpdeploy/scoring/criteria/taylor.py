@@ -10,6 +10,8 @@ from torch import Tensor
 from vpdeploy.scoring.select import Selector, prices
 from vpdeploy.values import ChannelGroup
 
+LEAST_PRICE = 1e-12  # a width that costs nothing is worth everything
+
 
 def taylor(gradients: Iterable[Tensor], groups: Sequence[ChannelGroup], *, selector: Selector) -> dict[str, Tensor]:
     """Group root -> score of each channel, [g] float32: its place among all channels, evenly over (0, 2].
@@ -23,7 +25,7 @@ def taylor(gradients: Iterable[Tensor], groups: Sequence[ChannelGroup], *, selec
     """
     squares = [gradient.detach().double().square() for gradient in gradients]
     widths = [group.width for group in groups]
-    price = torch.tensor(prices(selector)).repeat_interleave(torch.tensor(widths))
+    price = torch.tensor(prices(selector)).clamp(min=LEAST_PRICE).repeat_interleave(torch.tensor(widths))
     worth = torch.stack(squares).mean(dim=0).cpu() / price
     rank = torch.empty(len(worth)).scatter_(0, worth.argsort(stable=True), torch.arange(1, len(worth) + 1).float())
     parts = (2 * rank / len(worth)).split(widths)

@@ -15,7 +15,7 @@ from vpdeploy.surgery.labels import Ints, LabelBook, Labelled
 
 @dataclass(frozen=True)
 class Product:
-    """Multiply-accumulates of one operation: ``rest`` times the lengths of ``axes``, each told by its labels.
+    """Multiply-accumulates of one operation of ``module``: ``rest`` times the lengths of ``axes``, each told by its labels.
 
     ``constant``: made once for all images.
     """
@@ -23,6 +23,7 @@ class Product:
     axes: tuple[Ints, ...]
     rest: float
     constant: bool
+    module: str
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _note_product(call: Call, axes: Sequence[tuple[Labelled, int]], *, total: fl
             labels.append(np.moveaxis(f.labels, axis, 0).reshape(f.labels.shape[axis], -1)[:, 0])
             total /= tensor.shape[axis]
     constant = all(known.constant for known in call.known.values())
-    call.products.append(Product(tuple(labels), total, constant))
+    call.products.append(Product(tuple(labels), total, constant, call.module))
 
 
 def _convolution(call: Call) -> Labelled:

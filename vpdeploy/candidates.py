@@ -1,0 +1,205 @@
+"""Networks of any widths as files that can be timed, before anything is trained: random weights run as long as trained ones."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vpdeploy import run_folder
+from vpdeploy.deploy.bake import ConstantPrompt, Deployable
+from vpdeploy.deploy.graph_cut import CannotCut, Graph, read_graph
+from vpdeploy.deploy.onnx_file import to_onnx
+from vpdeploy.deploy.session import describe
+from vpdeploy.errors import VpdeployError
+from vpdeploy.measure.engines import Setting, Subject, open_session
+from vpdeploy.measure.inputs import random_images
+from vpdeploy.models.classifier import take_rows
+from vpdeploy.prompts.canvas import Canvas
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.surgery.cost import Array
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.plan import plan, tensors
+from vpdeploy.surgery.shapes import Shapes
+from vpdeploy.values import Certificate, ChannelGroups, ChannelMask, GroupRecord, PrunePlan, Term
+from vpdeploy.workbench import Workbench
+
+AGREES = 1e-3  # relative, in float32: a graph cut in a wrong place is off by tenths
+
+
+class Candidates:
+    """Files of the recipe's network at given widths of the prunable groups, in ``folder``.
+
+    One export, cut in its graph; where the graph holds widths that cannot be followed (reshapes into heads), each is cut in
+    torch and exported. ``prompted``: with a prompt as large as the recipe's.
+    """
+
+    def __init__(self, work: Workbench, groups: ChannelGroups, folder: Path, *, form: str, prompted: bool):
+        self.recipe, self.groups, self.folder, self.form, self.prompted = (
+            work.recipe,
+            groups.prunable,
+            folder,
+            form,
+            prompted,
+        )
+        self._certificate = run_folder.dump_line(_long_certificate(groups, work))
+        self.backbone = _shaken(work.built.backbone)
+        self.classes = work.source.classes
+        self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
+        self.whole = folder / f"whole.{form}.onnx"
+        self._export(self.backbone, self.whole)
+        self.graph: Graph | None = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
+
+    def dense_without_prompt(self) -> Path:
+        """The dense arm's file."""
+        if not self.prompted:
+            return self.whole
+        path = self.folder / f"dense.{self.form}.onnx"
+        if self.graph is None or not self.graph.write_without_prompt(path):
+            self._export(self.backbone, path, prompted=False)
+        return path
+
+    def dense_module(self) -> nn.Module:
+        return self._deployable(self.backbone, prompted=False)
+
+    def byte_terms(self, shapes: Shapes) -> list[Term]:
+        """The bytes of all constants of the file, as they follow the widths."""
+        if self.graph is not None:
+            return self.graph.terms()
+        parameters = dict(self.backbone.named_parameters())
+        return [
+            Term(name.rpartition(".")[0], 4.0, tuple((name, axis) for axis in range(len(axes))))
+            for name, axes in shapes.tensors.items()
+            if name in parameters
+        ]
+
+    def subject(self, widths: Array) -> Subject:
+        """What runs at ``widths`` [groups]: a file, and the module that it is of."""
+        cuts = plan(self.backbone, self.groups, self.mask(widths))
+        name = hashlib.sha256(np.asarray(widths, np.int64).tobytes()).hexdigest()[:16]
+        path = self.folder / f"{name}.{self.form}.onnx"
+        if not path.exists():
+            self._write(cuts, path)
+        return Subject(path, partial(self._module, cuts))
+
+    def mask(self, widths: Array) -> ChannelMask:
+        """The first channels of each group, as many as ``widths`` say."""
+        pairs = zip(self.groups, np.asarray(widths, int).tolist(), strict=True)
+        return ChannelMask({g.root: tuple(i < width for i in range(g.width)) for g, width in pairs})
+
+    def check(self, widths: Array) -> None:
+        """See on the candidate of ``widths`` whether a cut in the graph is what a cut in torch is; otherwise do without."""
+        if self.graph is None:
+            return
+        cuts, path = plan(self.backbone, self.groups, self.mask(widths)), self.folder / f"check.{self.form}.onnx"
+        agrees = False
+        with suppress(CannotCut, VpdeployError):
+            self.graph.write_cut(cuts, path, _arrays(cut(self.backbone, cuts)))
+            agrees = self._agrees(path, self._module(cuts))
+        if not agrees:
+            self.graph = None
+
+    def _agrees(self, path: Path, network: nn.Module) -> bool:
+        shape = (3, self.recipe.input.image_size, self.recipe.input.image_size)
+        images = random_images(self.form, shape if self.form == "float" else (*shape[1:], 3), batch=2, seed=0)
+        found = open_session(Subject(path), Setting(threads=1))(images)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        return bool(np.abs(found - expected).max() <= AGREES * np.abs(expected).max())
+
+    def _write(self, cuts: PrunePlan, path: Path) -> None:
+        if self.graph is not None:
+            self.graph.write_cut(cuts, path, _arrays(cut(self.backbone, cuts)))
+        else:
+            self._export(cut(self.backbone, cuts), path)
+
+    def _module(self, cuts: PrunePlan) -> nn.Module:
+        return self._deployable(cut(self.backbone, cuts), prompted=self.prompted)
+
+    def _rows_taken(self, backbone: nn.Module) -> nn.Module:
+        """As a label map leaves it."""
+        return backbone if self._classifier is None else take_rows(backbone, self._classifier, range(len(self.classes)))
+
+    def _deployable(self, backbone: nn.Module, *, prompted: bool) -> Deployable:
+        table = self.recipe.input
+        noise = torch.rand(3, table.canvas, table.canvas, generator=torch.Generator().manual_seed(0)) * 0.1
+        canvas = Canvas(
+            table.image_size,
+            table.canvas,
+            mean=table.mean,
+            std=table.std,
+            prompt=ConstantPrompt(noise) if prompted else None,
+        )
+        deployable = Deployable(
+            self._rows_taken(backbone),
+            canvas,
+            form="uint8" if self.form == "uint8" else "float",
+            image_size=table.image_size,
+            resize_how=table.resize,
+        )
+        return deployable.eval().requires_grad_(False)
+
+    def _export(self, backbone: nn.Module, path: Path, *, prompted: bool | None = None) -> None:
+        """Raises: ModelError for a network that cannot be exported."""
+        deployable = self._deployable(backbone, prompted=self.prompted if prompted is None else prompted)
+        about = describe(self.recipe, arm="pruned", form=self.form, classes=self.classes, version=version("vpdeploy"))
+        about["certificate"] = self._certificate
+        to_onnx(deployable, path, opset=self.recipe.export.opset, metadata=about)
+
+
+def is_prompted(recipe: Recipe, arm: str = "pruned") -> bool:
+    """Whether the file of a pruned arm ships with a prompt."""
+    return arm == "pruned" and recipe.prompt.pixels.kind != "none" and recipe.prompt.pixels.stages != "search"
+
+
+def _arrays(network: nn.Module) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in tensors(network).items()}
+
+
+def _shaken(backbone: nn.Module) -> nn.Module:
+    """A copy on the CPU in which no tensor is constant: the exporter leaves out biases and norms that do nothing, and those of a
+    network that is not trained yet do nothing.
+    """
+    network = copy.deepcopy(backbone).to("cpu", torch.float32).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+            tensor.add_(torch.rand(tensor.shape, generator=generator) * 0.1)
+    return network
+
+
+def _long_certificate(groups: ChannelGroups, work: Workbench) -> Certificate:
+    """With numbers as long as they get: a file that ships is not larger for its own."""
+    long, budget = -1.2345678901234567e-100, work.recipe.budget
+    records = tuple(GroupRecord(g.root, g.width, g.width, g.status, g.reason, long) for g in groups.groups)
+    return Certificate(
+        masked_vs_pruned=long,
+        images=10**9,
+        masked_vs_pruned_random=long,
+        but_for_norms=long,
+        mask_effect=long,
+        budget=budget.kind,
+        requested=long,
+        reached=long,
+        groups=records,
+        replacements=work.built.replacements,
+        limits={name: (long, long) for name in budget.limits.given},
+        measured_on=target_text(work.recipe),
+    )
+
+
+def target_text(recipe: Recipe) -> str:
+    """The target in words: what budgets were measured on."""
+    target = recipe.target
+    form = target.form or min(recipe.export.forms)
+    device = f" on {target.device}" if target.device else ""
+    precision = f", {target.precision}" if target.precision != "fp32" else ""
+    threads = "thread" if target.threads == 1 else "threads"
+    return f"{target.engine}{device}, {target.threads} {threads}, batch {target.batch}{precision}, {form} form"
