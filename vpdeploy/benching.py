@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.measure.arms import settings_of
 from vpdeploy.measure.engines import Subject, check_engine
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.factors import latency_factor
 from vpdeploy.measure.inputs import FileInput, check_batch, image_shape_of, input_of, random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
+from vpdeploy.measure.settings import settings_of
 from vpdeploy.recipe.tables import BenchTable
 from vpdeploy.values import FileBench, FileFigures, Latency, Memory
 

@@ -54,7 +54,7 @@ class Candidates:
         self.classes = work.source.classes
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
         self.whole = folder / f"whole.{form}.onnx"
-        self._export(self.backbone, self.whole)
+        self.export(self.backbone, self.whole)
         self.graph: Graph | None = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
 
     def dense_without_prompt(self) -> Path:
@@ -63,7 +63,7 @@ class Candidates:
             return self.whole
         path = self.folder / f"dense.{self.form}.onnx"
         if self.graph is None or not self.graph.write_without_prompt(path):
-            self._export(self.backbone, path, prompted=False)
+            self.export(self.backbone, path, prompted=False)
         return path
 
     def dense_module(self) -> nn.Module:
@@ -118,7 +118,7 @@ class Candidates:
         if self.graph is not None:
             self.graph.write_cut(cuts, path, _arrays(cut(self.backbone, cuts)))
         else:
-            self._export(cut(self.backbone, cuts), path)
+            self.export(cut(self.backbone, cuts), path)
 
     def _module(self, cuts: PrunePlan) -> nn.Module:
         return self._deployable(cut(self.backbone, cuts), prompted=self.prompted)
@@ -146,7 +146,7 @@ class Candidates:
         )
         return deployable.eval().requires_grad_(False)
 
-    def _export(self, backbone: nn.Module, path: Path, *, prompted: bool | None = None) -> None:
+    def export(self, backbone: nn.Module, path: Path, *, prompted: bool | None = None) -> None:
         """Raises: ModelError for a network that cannot be exported."""
         deployable = self._deployable(backbone, prompted=self.prompted if prompted is None else prompted)
         about = describe(self.recipe, arm="pruned", form=self.form, classes=self.classes, version=version("vpdeploy"))

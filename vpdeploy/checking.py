@@ -24,6 +24,8 @@ from vpdeploy.data.folders import no_such_root
 from vpdeploy.data.sources import KNOWN, unknown_set
 from vpdeploy.data.torchvision_sets import SETS, no_root, where_to_get
 from vpdeploy.errors import DataError, ModelError, VpdeployError
+from vpdeploy.measure.engines import check_engine
+from vpdeploy.measure.settings import setting_of, settings_of
 from vpdeploy.models.names import CIFAR_RESNETS, PUBLISHERS, no_such_file, no_such_module, unknown_network
 from vpdeploy.models.published import published_input
 from vpdeploy.recipe.problems import Problem
@@ -46,6 +48,7 @@ def outside_problems(recipe: Recipe) -> Iterator[Problem]:
         yield ("data.root", "data.name"), text
     for text in _device(recipe.compute.device):
         yield ("compute.device",), text
+    yield from _engines(recipe)
 
 
 def own_input(model: ModelTable) -> Mapping[str, Any]:
@@ -115,6 +118,21 @@ def _device(name: str) -> Iterator[str]:
         find_device(name)
     except VpdeployError as e:
         yield str(e)
+
+
+def _engines(recipe: Recipe) -> Iterator[Problem]:
+    """Engines, devices and precisions that are not here: what measures comes before, or after, hours of training."""
+    keys = [("target", ("engine", "device", "precision"), [setting_of(recipe.target)])]
+    keys += [("bench", ("engines", "device", "precision"), settings_of(recipe.bench))]
+    for table, names, settings in keys:
+        told = set[str]()
+        for setting in settings:
+            try:
+                check_engine(setting)
+            except VpdeployError as e:
+                if str(e) not in told:
+                    told.add(str(e))
+                    yield tuple(f"{table}.{name}" for name in names), f"{table}.{e!s}"
 
 
 def _publisher(name: str) -> ModuleType:

@@ -133,6 +133,53 @@ def run_command(
     out.print(f"file:   {folder / 'export'}", soft_wrap=True, highlight=False)
 
 
+Amounts = Annotated[str | None, typer.Option(help="what may remain of the dense network, such as 0.7,0.5,0.3")]
+Sizes = Annotated[str | None, typer.Option(help="at most, such as 8,6,4")]
+
+
+@app.command(rich_help_panel="The road")
+def sweep(
+    recipe: RecipeArgument,
+    output: RunOption = None,
+    set_: SetOption = None,
+    macs_ratio: Amounts = None,
+    params_ratio: Amounts = None,
+    channel_ratio: Amounts = None,
+    latency_ratio: Amounts = None,
+    latency_ms: Sizes = None,
+    file_mib: Sizes = None,
+    memory_mib: Sizes = None,
+) -> None:
+    """Search once, then cut, tune, export and measure at several budgets: the front of accuracy against cost."""
+    given = {
+        "macs_ratio": macs_ratio, "params_ratio": params_ratio, "channel_ratio": channel_ratio, "latency_ratio": latency_ratio,
+        "latency_ms": latency_ms, "file_mib": file_mib, "memory_mib": memory_mib,
+    }  # fmt: skip
+    given = {kind: text for kind, text in given.items() if text is not None}
+    if len(given) != 1:
+        raise typer.BadParameter(
+            f"got {' and '.join(given) or 'no budget'}; expected one, such as --macs-ratio 0.7,0.5,0.3"
+        )
+    ((kind, text),) = given.items()
+    try:
+        amounts = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--{kind.replace('_', '-')}: got {text!r}; expected numbers with ',' between them"
+        ) from None
+    loaded, folder = _load(recipe, set_), _folder(recipe, output)
+    from vpdeploy.report.sweep import sweep_sheet
+    from vpdeploy.report.table import sheet_table
+    from vpdeploy.sweeping import sweep as run_sweep
+
+    again = ["vpdeploy", "run", str(recipe), *(word for text in set_ or [] for word in ("--set", text))]
+    made = run_sweep(loaded, folder, kind=kind, amounts=amounts, again=again, display=Display(err))
+    out.print(sheet_table(sweep_sheet(made)))
+    for point in made.points[1:]:
+        out.print(f"{point.budget} {point.requested:g}: {point.command}", soft_wrap=True, highlight=False, markup=False)
+    out.print(f"sweep: {folder / 'sweep.html'}", soft_wrap=True, highlight=False)
+
+
 @app.command(rich_help_panel="The road")
 def prune(recipe: RecipeArgument, output: RunOption = None, set_: SetOption = None, redo: RedoOption = None) -> None:
     """Fit, search, select, cut and tune; the dense baseline too."""

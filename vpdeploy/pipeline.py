@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vpdeploy import run_folder
 from vpdeploy.candidates import target_text
-from vpdeploy.errors import SurgeryError
+from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.pricing import elsewhere, price, selector_for, settle
 from vpdeploy.progress import Display
@@ -67,6 +67,12 @@ def prune(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str
         _prune(recipe, folder, redo=redo, command=command, display=display)
 
 
+def search_only(recipe: Recipe, folder: Path, *, command: str, display: Display) -> None:
+    """From a recipe to the scores of every pruned arm, and the tuned dense arms: what runs at other budgets share."""
+    with run_folder.locked(folder):
+        _prune(recipe, folder, redo=None, command=command, display=display, cuts=False)
+
+
 def export(folder: Path, *, display: Display) -> None:
     """Bake and write every arm's ONNX files, check parity, and package them with vectors for ``verify``."""
     read_recipe(folder)  # a folder that is no run gets no lock file
@@ -110,7 +116,9 @@ def _reopened(folder: Path, display: Display) -> Workbench:
     return open_workbench(read_recipe(folder), folder, redo=None, display=display)
 
 
-def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display) -> None:
+def _prune(
+    recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display, cuts: bool = True
+) -> None:
     work = open_workbench(recipe, folder, redo=redo, display=display)
     trains = not all(work.is_done(stage) for stage in training_stages(work.recipe))
     if trains:
@@ -124,6 +132,8 @@ def _prune(recipe: Recipe, folder: Path, *, redo: str | None, command: str, disp
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):
             found = searched(work, arm, dense, groups, selector)
+            if not cuts:
+                continue
             cut_plan = planned(work, arm, dense, groups, selector, found)
             pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)
             tuned(work, arm, pruned, prompt=found.prompt)
@@ -189,7 +199,7 @@ def searched(work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, sel
         with work.doing(stage):
             prompted = arm == "pruned" and work.recipe.prompt.pixels.stages in ("both", "search")
             task = SearchTask(dense, groups.prunable, selector, prompted)
-            found = search(
+            found = _found_before(work, arm, task) or search(
                 task,
                 work.training_data(),
                 recipe=work.recipe,
@@ -199,6 +209,33 @@ def searched(work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, sel
             )
             run_folder.write_found(path, found)
     return run_folder.read_found(path)
+
+
+def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
+    """What search.found holds for ``arm``; None where the recipe names none.
+
+    Raises: RunFolderError when there is no such file, or it is of another network.
+    """
+    if work.recipe.search.found is None:
+        return None
+    given = Path(work.recipe.search.found)
+    path = arm_file(given.parent, given.name, arm)
+    if not path.is_file():
+        raise RunFolderError(
+            f"search.found: no such file {path}; expected what the search of arm {arm!r} left in a run folder"
+        )
+    found = run_folder.read_found(path)
+    fits = {group.root: (group.width,) for group in task.groups}
+    statistics = {name: tensor.shape for name, tensor in task.dense.backbone.state_dict().items()}
+    if {root: tuple(scores.shape) for root, scores in found.scores.items()} != fits or any(
+        statistics.get(name) != tensor.shape for name, tensor in found.norm_statistics.items()
+    ):
+        raise RunFolderError(
+            f"search.found: {path} is of another network; expected scores of {', '.join(list(fits)[:3])}, ..."
+        )
+    if task.prompted and not found.prompt:
+        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or prompt.pixels.kind = 'none'")
+    return found
 
 
 def planned(

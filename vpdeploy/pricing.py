@@ -27,13 +27,15 @@ from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
-from vpdeploy.recipe.tables import Recipe, TargetTable
+from vpdeploy.measure.settings import setting_of
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.report.sheets import reach
 from vpdeploy.scoring.select import Selector, allowed_widths, build_selector, is_ratio, select
 from vpdeploy.surgery.cost import Array, CostModel, cost_of, quantity_of
 from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.shapes import Shapes, shapes_of
 from vpdeploy.surgery.trace import look
-from vpdeploy.values import ChannelGroup, ChannelGroups, Price, Reach, Selection, Term
+from vpdeploy.values import ChannelGroup, ChannelGroups, Conditions, Latency, Price, Reach, Selection, Term
 from vpdeploy.workbench import Workbench
 
 MIXED = 6  # networks between the narrowest and the dense one from which times are fitted
@@ -91,10 +93,11 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
             alignment=alignment,
             table=(),
             target=target_text(recipe),
+            conditions=measured.conditions,
             machine=machine(),
-            seconds=0.0,
         )
         made = replace(made, table=_table(made, measured, cost, shapes, widths[0], recipe=recipe))
+        made = replace(made, table_seconds=round(time.perf_counter() - began, 2))
         work.display.say(reach_text(made))
         selector = selector_at(made, groups, cost, shapes, recipe=recipe)
         if recipe.budget.measured:
@@ -128,6 +131,7 @@ def selector_at(priced: Price, groups: ChannelGroups, cost: CostModel, shapes: S
         round_to=priced.round_to,
         max_removal=table.max_removal,
         limits=table.limits.given,
+        price=None if table.price == "budget" else table.price,
         stops=lambda kind, widths: _stops(kind, widths, priced, groups, shapes),
     )
 
@@ -148,10 +152,6 @@ def settle(
         return _Settling(target, selector, scores, work.display.say).done()
 
 
-def setting_of(table: TargetTable) -> Setting:
-    return Setting(table.engine, table.threads, table.batch, table.device, table.precision)
-
-
 def elsewhere(priced: Price) -> str | None:
     """In what this machine differs from the one that ``priced`` was measured on; None where it does not."""
     here = machine()
@@ -161,29 +161,10 @@ def elsewhere(priced: Price) -> str | None:
 
 def reach_text(priced: Price) -> str:
     """The satisfiability table, for the console."""
-    rows = [("", "smallest", "requested", "dense")]
-    for row in priced.table:
-        asked = "" if row.requested is None else _number(row.requested, row.quantity)
-        rows.append((NAMES[row.quantity], _number(row.smallest, row.quantity), asked, _number(row.dense, row.quantity)))
-    lines = [f"  {a:<14}{b:>12}{c:>12}{d:>12}" for a, b, c, d in rows]
-    head = f"what can be reached on {priced.target} (round_to = {priced.round_to}):"
-    told = [f"{k}: {v:.2f}" for k, v in priced.alignment.items()]
-    foot = [f"  speed of widths that are multiples of {', '.join(told)} (of the best)"] if told else []
-    return "\n".join([head, *lines, *foot])
-
-
-NAMES = {
-    "channels": "channels",
-    "macs": "MACs",
-    "params": "parameters",
-    "file_mib": "file, MiB",
-    "latency_ms": "latency, ms",
-    "memory_mib": "memory, MiB",
-}
-
-
-def _number(value: float, quantity: str) -> str:
-    return f"{value:,.0f}" if quantity in ("channels", "macs", "params") else f"{value:.4g}"
+    sheet = reach(priced)
+    rows = [sheet.columns, *((cell.text for cell in row) for row in sheet.rows)]
+    lines = (f"  {name:<16}" + "".join(f"{text:>14}" for text in texts) for name, *texts in rows)
+    return "\n".join([f"what can be reached on {priced.target}:", *lines, f"  ({sheet.caption})"])
 
 
 @contextmanager
@@ -230,10 +211,17 @@ class _Target:
 
     def times(self, subjects: Mapping[str, Subject], *, seconds: float = 0.0) -> dict[str, float]:
         """Median milliseconds of each, in the same rounds."""
-        timed = measure_latency(
-            subjects, self.images(), form=self.candidates.form, setting=self.setting, seconds=seconds
-        )
-        return {name: row.p50_ms for name, row in timed.latencies.items()}
+        return {name: row.p50_ms for name, row in self.timed(subjects, seconds=seconds).items()}
+
+    def timed(self, subjects: Mapping[str, Subject], *, seconds: float = 0.0) -> Mapping[str, Latency]:
+        return measure_latency(
+            subjects,
+            self.images(),
+            form=self.candidates.form,
+            setting=self.setting,
+            seconds=seconds,
+            window=0.2 if seconds else 0.05,
+        ).latencies
 
     def against_dense(self, widths: Array, *, seconds: float = 1.0) -> tuple[float, float]:
         """Median milliseconds at ``widths`` and, in the same rounds, of the dense arm."""
@@ -269,13 +257,15 @@ class _Measured:
     widths: Array
     ms: Array
     dense_ms: float
+    conditions: Conditions
     layers: Sequence[Mapping[str, float]]
     memory: Array | None
 
     @staticmethod
     def of(target: _Target, widths: Array, *, memory: bool) -> _Measured:
         subjects = {str(i): target.candidates.subject(row) for i, row in enumerate(widths)}
-        times = target.times({**subjects, "dense": target.dense()})
+        timed = target.timed({**subjects, "dense": target.dense()})
+        times = {name: row.p50_ms for name, row in timed.items()}
         images = target.images()
         reads_files = target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
         layers = [
@@ -288,6 +278,7 @@ class _Measured:
             widths,
             np.array([times[name] for name in subjects]),
             times["dense"],
+            timed["dense"].conditions,
             layers,
             None if None in found else np.array(found, float),
         )

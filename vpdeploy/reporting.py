@@ -29,7 +29,7 @@ from vpdeploy.stages import (
     read_recipe,
     skipped_file,
 )
-from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Report
+from vpdeploy.values import AccuracyDifference, Certificate, Measurement, Parities, Price, Report
 
 
 def write_report(run: Path) -> Report:
@@ -53,6 +53,7 @@ def write_report(run: Path) -> Report:
         command=command,
         environment=_measured_in(measuring_machine_file(run), trained_in=trained_in),
         skipped_images=_skipped(run),
+        price=run_folder.read_value(path, Price) if (path := run / "price.json").exists() else None,
     )
     made = compare(
         arms,

@@ -21,7 +21,7 @@ from vpdeploy.deploy.package import write_package
 from vpdeploy.deploy.parity import check_parity
 from vpdeploy.deploy.session import describe
 from vpdeploy.deploy.vectors import Vectors
-from vpdeploy.errors import DataError, ParityError
+from vpdeploy.errors import BudgetError, DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.arms import disagreement, measure_latencies, measure_layers, measure_memories
 from vpdeploy.measure.engines import Subject
@@ -79,11 +79,25 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
         if arm.startswith("pruned"):
             about["certificate"] = _certificate(work, arm)
         to_onnx(deployable, path, opset=recipe.export.opset, metadata=about)
+        if arm.startswith("pruned"):
+            _check_size(path, recipe)
         parity, vectors[path.name] = check_parity(deployable, path, images=images, vector_bytes=share)
         parities.append(parity)
         work.display.say(f"{path.name}: torch and ONNX Runtime agree to {parity.relative_error:.1e}")
     run_folder.write_value(arm_file(work.run, "parity.json", arm), Parities(tuple(parities)))
     return vectors
+
+
+def _check_size(path: Path, recipe: Recipe) -> None:
+    """Raises: BudgetError for a file that is larger than its budget: the widths were chosen by a formula."""
+    budget = recipe.budget
+    asked = budget.requested if budget.kind == "file_mib" else budget.limits.file_mib
+    size = path.stat().st_size / 2**20
+    if asked is not None and size > asked:
+        raise BudgetError(
+            f"{path}: has {size:.4f} MiB, more than file_mib = {asked:g}: it holds what the formula does not know; set a smaller "
+            "file_mib, and please report the network"
+        )
 
 
 def _certificate(work: Workbench, arm: str) -> str:

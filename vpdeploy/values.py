@@ -110,6 +110,17 @@ class PrunePlan:
     replacements: Mapping[str, str] = field(default_factory=dict)
 
 
+class Conditions(NamedTuple):
+    """Under which a time was taken; times under different ones are not compared."""
+
+    engine: str
+    device: str
+    precision: str
+    form: str
+    threads: int
+    batch: int
+
+
 @dataclass(frozen=True)
 class Term:
     """A part of what a network costs, due to ``module`` ("" for none): ``amount`` times the lengths of ``axes``, each a tensor
@@ -138,7 +149,8 @@ class Price:
     ``costs``: quantity ("latency_ms", "file_mib", "memory_mib") -> terms whose sum it is; ``dense``: the same of the dense
     network without a prompt, as measured; ``limits``: what a budget's sum may be so that the measured figure is as requested;
     ``alignment``: width multiple -> MACs per millisecond, relative to the best; ``round_to``: the multiple in use;
-    ``target``: what ran; ``machine``: where.
+    ``target``: what ran, in words, and ``conditions``; ``machine``: where; ``table_seconds`` of all ``seconds`` were for the
+    table.
     """
 
     round_to: int
@@ -148,8 +160,10 @@ class Price:
     alignment: Mapping[str, float]
     table: tuple[Reach, ...]
     target: str
+    conditions: Conditions
     machine: Mapping[str, str]
-    seconds: float
+    table_seconds: float = 0.0
+    seconds: float = 0.0
 
 
 # --- networks -------------------------------------------------------------------------------------------------------
@@ -246,17 +260,6 @@ class Certificate:
     torch_vs_onnx: tuple[Parity, ...] = ()
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     measured_on: str = ""
-
-
-class Conditions(NamedTuple):
-    """Under which a time was taken; times under different ones are not compared."""
-
-    engine: str
-    device: str
-    precision: str
-    form: str
-    threads: int
-    batch: int
 
 
 @dataclass(frozen=True)
@@ -415,5 +418,41 @@ class Report:
     skipped_images: tuple[str, ...]
     recipe: str  # the resolved recipe, TOML
     command: str
+    environment: Mapping[str, Any]
+    price: Price | None = None  # without the terms of its costs
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One budget of a sweep: its run and how to get it again, and what the pruned arm came to. ``time`` is its median run time
+    over dense's, of the same rounds, with an interval at 95 %, at ``conditions``; ``front``: the costs ("time", "macs",
+    "file_bytes") at which no other point is as cheap and as accurate.
+    """
+
+    budget: str
+    requested: float
+    reached: float
+    run: str
+    command: str
+    accuracy_top1: float
+    accuracy_top1_interval: Interval
+    n: int
+    difference: AccuracyDifference | None
+    macs: int
+    params: int
+    file_bytes: int
+    time: float
+    time_interval: Interval
+    conditions: Conditions | None
+    front: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One search cut at several budgets; the first point is the dense network."""
+
+    title: str
+    points: tuple[SweepPoint, ...]
     environment: Mapping[str, Any]
     schema: int = 1

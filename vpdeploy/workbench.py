@@ -164,6 +164,7 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
 def _named_files(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that a recipe names; none for a file that is gone: whoever still needs it says so."""
     named = {"model.weights": recipe.model.weights or "", "model.name": recipe.model.name.rpartition(":")[0]}
+    named["search.found"] = recipe.search.found or ""
     files = {key: Path(name) for key, name in named.items() if name.endswith((*CHECKPOINT_SUFFIXES, ".py"))}
     return {key: run_folder.sha256_of(path) for key, path in files.items() if path.is_file()}
 

@@ -14,7 +14,8 @@ from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
-from vpdeploy.recipe.tables import BenchTable, Recipe
+from vpdeploy.measure.settings import setting_of, settings_of
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.values import Latency, Memory
 
 Subjects = Mapping[str, Mapping[str, Subject]]  # arm -> form -> what runs
@@ -35,7 +36,7 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
     """
     rows: dict[str, list[Latency]] = {arm: [] for arm in subjects}
     engines: dict[str, Mapping[str, Any]] = {}
-    settings = settings_of(recipe.bench)
+    settings = list(dict.fromkeys([*settings_of(recipe.bench), *_target_of(recipe)]))
     for setting in settings:
         check_engine(setting)
     for form, setting in product(_forms(recipe), settings):
@@ -53,21 +54,23 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
     return Latencies({arm: tuple(of_arm) for arm, of_arm in rows.items()}, engines)
 
 
-def settings_of(table: BenchTable) -> list[Setting]:
-    """Every engine with every thread count and batch."""
-    return [
-        Setting(engine, threads=threads, batch=batch, device=table.device, precision=table.precision)
-        for engine, threads, batch in product(table.engines, table.threads, table.batches)
-    ]
+def _target_of(recipe: Recipe) -> list[Setting]:
+    """Where a latency budget has to hold."""
+    return [setting_of(recipe.target)] if "latency_ms" in recipe.budget.measured else []
 
 
 def measure_memories(files: Mapping[str, Path], *, recipe: Recipe) -> tuple[Memory, ...]:
-    """Peak memory of one arm's files, at the first thread count and the smallest and largest batch."""
-    threads, batches = recipe.bench.threads[0], sorted({min(recipe.bench.batches), max(recipe.bench.batches)})
+    """Peak memory of one arm's files: at the first thread count with the smallest and largest batch, and where a budget has to
+    hold.
+    """
+    threads, target = recipe.bench.threads[0], recipe.target
+    places = {(batch, threads) for batch in (min(recipe.bench.batches), max(recipe.bench.batches))}
+    if "memory_mib" in recipe.budget.measured:
+        places.add((target.batch, target.threads))
     rows = (
         measure_memory(files[form], form=form, image_shape=image_shape(form, recipe), batch=batch, threads=threads)
         for form in _forms(recipe)
-        for batch in batches
+        for batch, threads in sorted(places)
     )
     return tuple(row for row in rows if row is not None)
 

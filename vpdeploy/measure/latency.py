@@ -17,6 +17,7 @@ from vpdeploy.values import Conditions, Latency
 Clock = Callable[[], int]  # nanoseconds
 KEPT_ROUNDS = 2000
 MIN_ROUNDS = 20
+WINDOW = 0.2  # seconds
 STEADY = 0.15  # a machine whose clock sinks, or that gets a neighbour, moves by more
 
 
@@ -29,9 +30,16 @@ class Timed:
 
 
 def measure_latency(
-    subjects: Mapping[str, Subject], images: NDArray[Any], *, form: str, setting: Setting, seconds: float
+    subjects: Mapping[str, Subject],
+    images: NDArray[Any],
+    *,
+    form: str,
+    setting: Setting,
+    seconds: float,
+    window: float = WINDOW,
 ) -> Timed:
-    """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each.
+    """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each, after a warm-up in windows of as many
+    seconds.
 
     All see the same input, and sample i of each is of the same round: what disturbs the machine disturbs all of them.
 
@@ -42,7 +50,7 @@ def measure_latency(
     for subject in subjects.values():
         check_all_ran_there(subject, images, setting)
     for run in runs.values():
-        warm_up(run, clock=time.perf_counter_ns)
+        warm_up(run, clock=time.perf_counter_ns, window=window)
     samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns)
     about = next(iter(sessions.values())).about
     at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
@@ -63,21 +71,21 @@ def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[],
     return lambda: session.run(inputs)
 
 
-def warm_up(run: Callable[[], object], *, clock: Clock) -> int:
-    """Run until two successive windows (at least 5 runs and 0.2 s each) agree within 10 %, or 2 s have passed.
+def warm_up(run: Callable[[], object], *, clock: Clock, window: float = WINDOW) -> int:
+    """Run until two successive windows (at least 5 runs and ``window`` seconds each) agree within 10 %, or ten have passed.
 
     Gives the number of runs. The first runs allocate, choose kernels and raise the clock frequency.
     """
     begin, runs, previous = clock(), 0, None
     while True:
         window_begin, window_runs = clock(), 0
-        while window_runs < 5 or clock() - window_begin < 200_000_000:
+        while window_runs < 5 or clock() - window_begin < window * 1e9:
             run()
             window_runs += 1
         mean = (clock() - window_begin) / window_runs
         runs += window_runs
         settled = previous is not None and abs(mean - previous) <= 0.1 * previous
-        if settled or clock() - begin >= 2_000_000_000:
+        if settled or clock() - begin >= 10 * window * 1e9:
             return runs
         previous = mean
 

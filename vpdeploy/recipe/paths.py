@@ -20,7 +20,7 @@ def relative_to(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    model, data = recipe.model, recipe.data
+    model, data, search = recipe.model, recipe.data, recipe.search
     file, colon, factory = model.name.rpartition(":")
     if colon and file.endswith(".py"):
         model = model.model_copy(update={"name": f"{change(file)}:{factory}"})
@@ -28,4 +28,6 @@ def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
         model = model.model_copy(update={"weights": change(model.weights)})
     if data.root:
         data = data.model_copy(update={"root": change(data.root)})
-    return recipe.model_copy(update={"model": model, "data": data})
+    if search.found:
+        search = search.model_copy(update={"found": change(search.found)})
+    return recipe.model_copy(update={"model": model, "data": data, "search": search})

@@ -195,6 +195,11 @@ class SearchTable(Table):
         default="scaled",
         description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)",
     )
+    found: str | None = Field(
+        default=None,
+        description="found.safetensors of an earlier run of the same network and data: its scores and prompt are taken, and nothing is searched; the rest of this table has no effect",
+        min_length=1,
+    )
     unprompted_step: bool = Field(
         default=False,
         description="a second step per batch without the prompt, for the scores alone (as the authors' code does)",
@@ -248,6 +253,10 @@ class BudgetTable(Table):
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose"
     )
+    price: Literal["budget", "latency_ms"] = Field(
+        default="budget",
+        description='what search.score_init = "taylor" weighs importance against: what the budget counts, or milliseconds on [target]',
+    )
     allow_approximate: bool = Field(
         default=False,
         description="also cut widths over which a norm takes statistics (LayerNorm, GroupNorm): the certificate then shows how far masking and removal differ",
@@ -270,7 +279,7 @@ class BudgetTable(Table):
     @property
     def reads_target(self) -> bool:
         """Whether another [target] would give another network."""
-        return bool(self.measured) or self.round_to == "auto"
+        return bool(self.measured) or self.round_to == "auto" or self.price == "latency_ms"
 
 
 class TargetTable(Table):

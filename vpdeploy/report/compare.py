@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vpdeploy.errors import VpdeployError
@@ -16,6 +16,7 @@ from vpdeploy.values import (
     Latency,
     LatencyFactor,
     Measurement,
+    Price,
     Report,
 )
 
@@ -32,6 +33,7 @@ class About:
     command: str
     environment: Mapping[str, Any]
     skipped_images: Sequence[str] = ()
+    price: Price | None = None
 
 
 def compare(
@@ -61,6 +63,7 @@ def compare(
         recipe=about.recipe,
         command=about.command,
         environment=dict(about.environment),
+        price=None if about.price is None else replace(about.price, costs={}),
     )
     check_consistency(report)
     return report

@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from vpdeploy.report.headline import describe, latency_at
+from vpdeploy.report.headline import describe, headline, latency_at
 from vpdeploy.report.numbers import significant
-from vpdeploy.values import Certificate, EpochRecord, Latency, Report
+from vpdeploy.values import Certificate, EpochRecord, Interval, Latency, Report
 
 # Drawn in these colours, which the page exchanges for its own (style.css defines the variables).
 INK, GRID, GHOST = "#1f2329", "#d8dce2", "#c9ced7"
@@ -87,6 +88,80 @@ def widths_figure(certificate: Certificate, arm: str, arms: Sequence[str]) -> st
         panel.grid(visible=False, axis="y")
         panel.tick_params(axis="y", length=0)
         panel.spines["left"].set_visible(False)
+    return svg[0]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in a plane of cost and accuracy: both with intervals at 95 % where they have one."""
+
+    name: str
+    cost: float
+    cost_interval: Interval | None
+    accuracy: float
+    accuracy_interval: Interval
+    colour: str
+    front: bool  # nothing else is as cheap and as accurate
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of (cost, accuracy): whether none other is at most as costly and at least as accurate, and better in one."""
+    return [
+        not any((c <= cost and a >= accuracy) and (c < cost or a > accuracy) for c, a in points)
+        for cost, accuracy in points
+    ]
+
+
+def arms_figure(report: Report) -> str | None:
+    """Accuracy against latency and MACs, a point an arm; None without latencies."""
+    at = headline(report)
+    times = {name: latency_at(arm, at) for name, arm in report.arms.items()}
+    if at is None or None in times.values():
+        return None
+    arms, colours = list(report.arms.items()), {name: arm_colour(name, list(report.arms)) for name in report.arms}
+
+    def plane(costs: Sequence[tuple[float, Interval | None]]) -> list[Point]:
+        front = pareto([(cost, arm.accuracy_top1) for (cost, _), (_, arm) in zip(costs, arms, strict=True)])
+        return [
+            Point(name, cost, interval, arm.accuracy_top1, arm.accuracy_top1_interval, colours[name], on)
+            for (name, arm), (cost, interval), on in zip(arms, costs, front, strict=True)
+        ]
+
+    planes = {
+        f"p50, ms ({describe(at)})": plane([(row.p50_ms, _median_interval(row)) for row in times.values() if row]),
+        "MACs, millions": plane([(arm.macs / 1e6, None) for _, arm in arms]),
+    }
+    return pareto_figure(planes, name="pareto")
+
+
+def _median_interval(row: Latency) -> Interval:
+    """From order statistics: between these ranks lies the median of the distribution in 95 of 100 samples."""
+    times = np.sort(row.samples_ms)
+    half = 0.98 * len(times) ** 0.5
+    low, high = int(max(0, len(times) / 2 - half)), int(min(len(times) - 1, len(times) / 2 + half))
+    return float(times[low]), float(times[high])
+
+
+def pareto_figure(planes: Mapping[str, Sequence[Point]], *, name: str) -> str:
+    """A panel for each cost: every network with its intervals, the front joined."""
+    with _drawing(2.6, name) as (figure, svg):
+        panels: Any = figure.subplots(1, len(planes), sharey=True, squeeze=False)[0]
+        for (label, points), panel in zip(planes.items(), panels, strict=True):
+            front = sorted((p.cost, 100 * p.accuracy) for p in points if p.front)
+            panel.plot(*zip(*front, strict=True), color=GHOST, linewidth=1.2, drawstyle="steps-post", zorder=1)
+            for point in points:
+                low, high = (100 * bound for bound in point.accuracy_interval)
+                panel.vlines(point.cost, low, high, color=point.colour, linewidth=0.8)
+                if point.cost_interval is not None:
+                    panel.hlines(100 * point.accuracy, *point.cost_interval, color=point.colour, linewidth=0.8)
+                colour, y = point.colour, 100 * point.accuracy
+                fill = colour if point.front else "none"
+                panel.plot([point.cost], [y], marker="o", markersize=4, color=colour, markerfacecolor=fill)
+                panel.annotate(point.name, (point.cost, y), (5, 4), textcoords="offset points", fontsize=5.6)
+            panel.set_xlabel(label)
+            panel.set_xlim(left=0)
+            panel.margins(x=0.12)
+        panels[0].set_ylabel("top-1, %")
     return svg[0]
 
 

@@ -9,12 +9,15 @@ USUAL_ENGINE = "onnxruntime-cpu"
 
 
 def headline(report: Report) -> Conditions | None:
-    """The first engine's float form where it was measured, then the smallest batch, then the fewest threads; None without
-    latencies.
+    """What a latency budget was measured under; otherwise the first engine's float form where it was measured, then the smallest
+    batch, then the fewest threads; None without latencies.
 
     The float form times the network; the uint8 form's resize costs every arm the same and would hide what pruning gave.
     """
     rows = report.arms["dense"].latency
+    timed = any("latency" in name for c in report.certificates.values() for name in (c.budget, *c.limits))
+    if timed and report.price is not None and any(row.conditions == report.price.conditions for row in rows):
+        return report.price.conditions
     engines = list(dict.fromkeys(row.engine for row in rows))
     best = min(
         rows, key=lambda row: (engines.index(row.engine), row.form != "float", row.batch, row.threads), default=None

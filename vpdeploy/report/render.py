@@ -16,7 +16,7 @@ from vpdeploy.report import figures, sheets
 from vpdeploy.report.headline import describe, factor_at, headline, main_arm
 from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
 from vpdeploy.report.pictures import canvas_picture, prompt_picture
-from vpdeploy.report.verdict import ARMS, prompt_effect, verdicts
+from vpdeploy.report.verdict import ARMS, partings, prompt_effect, verdicts
 from vpdeploy.values import Report
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -44,8 +44,8 @@ def render(report: Report, *, prompt: NDArray[Any] | None = None, canvas_example
     The same report gives the same bytes. The HTML page fetches nothing.
     """
     contents = _contents(report)
-    plain = _environment(autoescape=False)
-    safe = _environment(autoescape=True)
+    plain = pages_environment(autoescape=False)
+    safe = pages_environment(autoescape=True)
     pictures = [] if prompt is None else [prompt_picture(np.asarray(prompt, np.float64))]
     pictures += [] if canvas_example is None else [canvas_picture(canvas_example)]
     return Pages(
@@ -61,7 +61,7 @@ def render(report: Report, *, prompt: NDArray[Any] | None = None, canvas_example
     )
 
 
-def _environment(*, autoescape: bool) -> jinja2.Environment:
+def pages_environment(*, autoescape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=autoescape,
@@ -91,6 +91,9 @@ def _contents(report: Report) -> dict[str, Any]:
             }
             for name, certificate in report.certificates.items()
         },
+        "partings": partings(report),
+        "reach": _reach(report),
+        "scenarios": sheets.scenarios(report),
         "accuracies": sheets.accuracies(report),
         "latencies": sheets.latencies(report),
         "layers": sheets.layers(report),
@@ -101,14 +104,20 @@ def _contents(report: Report) -> dict[str, Any]:
     }
 
 
+def _reach(report: Report) -> sheets.Sheet | None:
+    arm = main_arm(report)
+    return None if report.price is None else sheets.reach(report.price, report.arms[arm] if arm else None)
+
+
 def _charts(report: Report) -> dict[str, Any]:
     arms = list(report.arms)
     accuracy = figures.accuracy_figure(report.history, arms)
-    latency = figures.latency_figure(report)
+    latency, pareto = figures.latency_figure(report), figures.arms_figure(report)
     widths = {name: figures.widths_figure(c, name, arms) for name, c in report.certificates.items()}
     return {
         # matplotlib escapes the text inside; the rest is its own.
         "accuracy_chart": Markup(accuracy) if accuracy else None,
+        "pareto_chart": Markup(pareto) if pareto else None,
         "latency_chart": Markup(latency) if latency else None,
         "width_charts": {name: Markup(svg) for name, svg in widths.items() if svg},
         "colours": {name: figures.VARIABLES.get(c, c) for name in arms for c in [figures.arm_colour(name, arms)]},

@@ -20,7 +20,7 @@ from vpdeploy.report.numbers import (
     significant,
     tiny,
 )
-from vpdeploy.values import Certificate, EpochRecord, Report
+from vpdeploy.values import Certificate, EpochRecord, Measurement, Price, Report
 
 LAST_EPOCHS = 3
 
@@ -43,9 +43,10 @@ class Sheet:
     words: tuple[int, ...] = (0,)
 
 
-def _sheet(
+def sheet_of(
     caption: str, columns: tuple[str, ...], rows: Iterator[tuple[Cell | str, ...]], words: tuple[int, ...] = (0,)
 ) -> Sheet:
+    """A table of cells and plain texts."""
     cells = tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
     return Sheet(caption, columns, cells, words)
 
@@ -97,7 +98,84 @@ def comparison(report: Report) -> Sheet:
         "MACs: convolution, linear and attention products of the backbone at batch 1, counted by fvcore with handles "
         "of our own."
     )
-    return _sheet(caption, columns, rows())
+    return sheet_of(caption, columns, rows())
+
+
+QUANTITIES = {
+    "channels": "channels",
+    "macs": "MACs",
+    "params": "parameters",
+    "file_mib": "file, MiB",
+    "latency_ms": "latency, ms",
+    "memory_mib": "memory, MiB",
+}
+
+
+def reach(price: Price, arm: Measurement | None = None) -> Sheet:
+    """What could be reached before anything was trained, and what ``arm`` came to."""
+    came = {} if arm is None else _came_to(arm, price)
+
+    def rows() -> Iterator[tuple[Cell | str, ...]]:
+        for row in price.table:
+            figures = (row.smallest, row.requested, row.dense, *((came.get(row.quantity),) if arm else ()))
+            yield QUANTITIES[row.quantity], *(_quantity(row.quantity, figure) for figure in figures)
+
+    speeds = ", ".join(f"{multiple}: {speed:.2f}" for multiple, speed in price.alignment.items())
+    caption = f"Latency and memory on {price.target}. Widths are multiples of {price.round_to}" + (
+        f"; MACs per millisecond of widths that are multiples of {speeds}, of the best." if speeds else "."
+    )
+    return sheet_of(caption, ("quantity", "smallest", "requested", "dense", *(("reached",) if arm else ())), rows())
+
+
+def _came_to(arm: Measurement, price: Price) -> dict[str, float]:
+    at = price.conditions
+    found = {"macs": float(arm.macs), "params": float(arm.params), "file_mib": max(arm.file_bytes.values()) / 2**20}
+    time = latency_at(arm, at)
+    if time is not None:
+        found["latency_ms"] = time.p50_ms
+    for row in arm.memory:
+        if (row.form, row.batch, row.threads) == (at.form, at.batch, at.threads):
+            found["memory_mib"] = row.peak_rss_mib
+    return found
+
+
+def _quantity(name: str, figure: float | None) -> str:
+    if figure is None:
+        return NOTHING
+    return amount(round(figure)) if name in ("channels", "macs", "params") else significant(figure)
+
+
+def scenarios(report: Report) -> Sheet:
+    """Single stream and offline in MLPerf's sense: milliseconds of one image at p90; images per second of the largest batch."""
+    dense = report.arms["dense"].latency
+
+    def rows() -> Iterator[tuple[Cell | str, ...]]:
+        for first in dense:
+            alike = [
+                row.conditions
+                for row in dense
+                if row.conditions._replace(batch=0) == first.conditions._replace(batch=0)
+            ]
+            one, most = alike[0]._replace(batch=1), max(alike, key=lambda at: at.batch)
+            if first.conditions != alike[0]:
+                continue
+            for name, arm in report.arms.items():
+                single, offline = latency_at(arm, one), latency_at(arm, most)
+                yield (
+                    first.engine if first.precision == "fp32" else f"{first.engine}, {first.precision}",
+                    "end to end" if first.form == "uint8" else "backbone alone",
+                    name,
+                    str(first.threads),
+                    significant(single.p90_ms) if single else NOTHING,
+                    Cell(significant(offline.images_per_second), f"batch {most.batch}") if offline else NOTHING,
+                )
+
+    caption = (
+        "The scenarios of MLPerf inference. End to end: the uint8 form, with the resize of an image of bench.image_size; "
+        "backbone alone: the float form, with canvas and prompt."
+    )
+    columns = ("engine", "what", "arm", "threads", "single stream, p90 ms", "offline, images/s")
+    return sheet_of(caption, columns, rows(), words=(0, 1, 2))
 
 
 def latencies(report: Report) -> Sheet:
@@ -118,16 +196,17 @@ def latencies(report: Report) -> Sheet:
                         *(significant(value) for value in times),
                         significant(found.images_per_second),
                         Cell(factor(faster.factor), factor_range(faster.interval)) if faster else NOTHING,
+                        factor(report.factors[name].macs) if name in report.factors else NOTHING,
                         Cell(str(len(found.samples_ms)), "" if found.steady else "unsteady"),
                     )
 
     caption = (
-        "Milliseconds a batch, arms interleaved round by round. Single stream: batch 1, p90; offline: the largest batch, "
-        "images per second. Unsteady: the medians of the first and the last half of the rounds differ by more than 15 %."
+        "Milliseconds a batch, arms interleaved round by round. MACs: the factor that a formula would promise. Unsteady: the "
+        "medians of the first and the last half of the rounds differ by more than 15 %."
     )
     times = ("p50", "p90", "p95", "p99")
-    columns = ("engine", "form", "arm", "batch", "threads", *times, "images/s", "faster", "rounds")
-    return _sheet(caption, columns, rows(), words=(0, 1, 2))
+    columns = ("engine", "form", "arm", "batch", "threads", *times, "images/s", "faster", "MACs", "rounds")
+    return sheet_of(caption, columns, rows(), words=(0, 1, 2))
 
 
 def layers(report: Report) -> Sheet:
@@ -159,7 +238,7 @@ def layers(report: Report) -> Sheet:
         "and costs time itself, so that shares tell more than sums. What is fused with a layer counts with it."
     )
     columns = ("layer", "outputs", "MACs", "dense, ms", f"{arm}, ms", "share of dense", f"share of {arm}")
-    return _sheet(caption, columns, rows() if before and after else iter(()), words=(0,))
+    return sheet_of(caption, columns, rows() if before and after else iter(()), words=(0,))
 
 
 def memories(report: Report) -> Sheet:
@@ -175,7 +254,7 @@ def memories(report: Report) -> Sheet:
         "session was made, how long that took, and the first run."
     )
     columns = ("form", "arm", "batch", "threads", "peak, MiB", "before, MiB", "load, ms", "first run, ms")
-    return _sheet(caption, columns, rows(), words=(0, 1))
+    return sheet_of(caption, columns, rows(), words=(0, 1))
 
 
 def accuracies(report: Report) -> Sheet:
@@ -194,7 +273,7 @@ def accuracies(report: Report) -> Sheet:
 
     columns = ("arm", "top-1 of the file", "top-1 in torch", "predictions changed", "preprocessing MACs")
     images = "Whole test split, less the skipped images named below." if report.skipped_images else "Whole test split."
-    return _sheet(f"{images} Preprocessing MACs are of the uint8 form's resize, outside MACs.", columns, rows())
+    return sheet_of(f"{images} Preprocessing MACs are of the uint8 form's resize, outside MACs.", columns, rows())
 
 
 def epochs(records: tuple[EpochRecord, ...], *, caption: str) -> Sheet:
@@ -209,7 +288,7 @@ def epochs(records: tuple[EpochRecord, ...], *, caption: str) -> Sheet:
                 f"{record.images_per_second:.0f}",
             )
 
-    return _sheet(caption, ("stage", "epoch", "loss", "val top-1", "seconds", "images/s"), rows())
+    return sheet_of(caption, ("stage", "epoch", "loss", "val top-1", "seconds", "images/s"), rows())
 
 
 def last_epochs(history: tuple[EpochRecord, ...]) -> tuple[EpochRecord, ...]:
@@ -224,7 +303,11 @@ def proofs(certificate: Certificate) -> Sheet:
     def rows() -> Iterator[tuple[Cell | str, ...]]:
         budget = certificate.budget.replace("_", " ")
         agreement = f"{certificate.images} real images, float64"
-        yield f"{budget} (what remains)", f"{certificate.reached:.4f}", f"at most {certificate.requested:g} requested"
+        how = f", measured on {certificate.measured_on}" if certificate.measured_on else ""
+        remains = " (what remains)" if certificate.budget.endswith("_ratio") else ""
+        yield f"{budget}{remains}", f"{certificate.reached:.4g}", f"at most {certificate.requested:g} requested{how}"
+        for kind, (requested, reached) in certificate.limits.items():
+            yield f"{kind.replace('_', ' ')} (limit)", f"{reached:.4g}", f"at most {requested:g} requested{how}"
         yield "masked against pruned, relative", tiny(certificate.masked_vs_pruned), agreement
         yield "the same, random input", tiny(certificate.masked_vs_pruned_random), "random images, float64"
         yield "masked against dense, relative", significant(certificate.mask_effect), "what the agreement is about"
@@ -241,7 +324,7 @@ def proofs(certificate: Certificate) -> Sheet:
             name = f"torch against ONNX, {parity.form} form, relative"
             yield name, tiny(parity.relative_error), f"{proof}; top-1 agrees on {100 * parity.top1_agreement:g} %"
 
-    return _sheet("Relative differences of the logits.", ("claim", "value", "how"), rows(), words=(0, 2))
+    return sheet_of("Relative differences of the logits.", ("claim", "value", "how"), rows(), words=(0, 2))
 
 
 def widths(certificate: Certificate) -> Sheet:
@@ -251,7 +334,7 @@ def widths(certificate: Certificate) -> Sheet:
             yield group.root, group.status, str(group.width), str(group.kept), share
 
     caption = "Channels of each group, dense and kept; a group bears the name of one of its writers."
-    return _sheet(caption, ("group", "status", "dense", "kept", "share"), rows(), words=(0, 1))
+    return sheet_of(caption, ("group", "status", "dense", "kept", "share"), rows(), words=(0, 1))
 
 
 def excluded(certificate: Certificate) -> Sheet:
@@ -262,7 +345,7 @@ def excluded(certificate: Certificate) -> Sheet:
                 yield group.root, group.status, group.reason or NOTHING, str(group.width), difference
 
     caption = "Groups that are not exact, and by how much masking differs from removal."
-    return _sheet(caption, ("group", "status", "reason", "width", "difference"), rows(), words=(0, 1, 2))
+    return sheet_of(caption, ("group", "status", "reason", "width", "difference"), rows(), words=(0, 1, 2))
 
 
 def uncounted(report: Report) -> Sheet:
@@ -271,13 +354,13 @@ def uncounted(report: Report) -> Sheet:
             for operation, times in arm.macs_uncounted.items():
                 yield name, operation, str(times)
 
-    return _sheet(
+    return sheet_of(
         "Operations that may hide products and stand outside MACs.", ("arm", "operation", "times"), rows(), words=(0, 1)
     )
 
 
 def environment(report: Report) -> Sheet:
-    return _sheet("Where the numbers were measured.", ("what", "value"), _flat("", report.environment), words=(0, 1))
+    return sheet_of("Where the numbers were measured.", ("what", "value"), _flat("", report.environment), words=(0, 1))
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[Cell | str, ...]]:

@@ -20,7 +20,7 @@ from vpdeploy.report.numbers import (
     points_range,
     significant,
 )
-from vpdeploy.report.sheets import comparison
+from vpdeploy.report.sheets import Sheet, comparison
 from vpdeploy.values import FileBench, Latency, LatencyFactor, Report
 
 # n and peak memory stand in the report: ten columns do not fit on a terminal of 100.
@@ -52,6 +52,16 @@ def comparison_table(report: Report) -> Table:
 def _text(text: str, note: str) -> Text:
     """Text, not markup: "[x]" in a name stays as it is."""
     return Text.assemble(text, ("\n" + note, "dim")) if note else Text(text)
+
+
+def sheet_table(sheet: Sheet) -> Table:
+    """Any table of the report, for the console."""
+    table = Table(caption=sheet.caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(sheet.columns):
+        table.add_column(column, justify="left" if number in sheet.words else "right")
+    for row in sheet.rows:
+        table.add_row(*(_text(cell.text, cell.note) for cell in row))
+    return table
 
 
 def bench_tables(bench: FileBench) -> list[Table]:

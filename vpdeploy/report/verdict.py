@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from vpdeploy.report.compare import PROMPT_PAIRS
-from vpdeploy.report.headline import describe, factor_at, headline
-from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
-from vpdeploy.values import AccuracyDifference, Conditions, Interval, LatencyFactor, Report
+from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
+from vpdeploy.report.numbers import factor, factor_range, minus, percent, points, points_range, significant
+from vpdeploy.values import AccuracyDifference, Conditions, Interval, LatencyFactor, Layer, Report
 
 ARMS = {
     "dense": "tuned, nothing removed, no prompt",
@@ -80,9 +81,81 @@ def _parting(macs: float, row: LatencyFactor) -> str:
     return ""
 
 
+def partings(report: Report) -> list[str]:
+    """A line for every condition under which time and MACs of the main arm part, and what explains it."""
+    arm = main_arm(report)
+    if arm is None:
+        return []
+    macs, why = report.factors[arm].macs, _lost_in(report, arm)
+    lines = []
+    for row in report.factors[arm].latency_p50:
+        if macs > 1.005 and row.factor < FELL_SHORT * macs:
+            lines.append(f"{describe(row.conditions)}: {factor(macs)} fewer MACs, {_faster(row.factor)}{why}.")
+        elif macs > 1.005 and row.factor > WENT_BEYOND * macs:
+            lines.append(
+                f"{describe(row.conditions)}: {factor(macs)} fewer MACs, {_faster(row.factor)}: more than the MACs."
+            )
+    return lines
+
+
+def _faster(value: float) -> str:
+    return f"{factor(value)} faster" if value >= 1 else f"{factor(1 / value)} slower"
+
+
+def _lost_in(report: Report, arm: str) -> str:
+    """The layers that keep most of the time which their MACs do not explain, and what is known of widths."""
+    pruned = {row.module: row for row in report.arms[arm].layers}
+    lost: list[tuple[float, str]] = []
+    total = sum(row.ms for row in pruned.values())
+    for row in report.arms["dense"].layers:
+        left = pruned.get(row.module)
+        if left is None or not row.ms or not left.ms:
+            continue
+        excess = left.ms - row.ms * (left.macs / row.macs if row.macs else 0.0)
+        if row.module and left.macs < row.macs:
+            was = f"{row.width} -> {left.width} outputs, {factor(row.macs / left.macs)} fewer MACs, {_faster(row.ms / left.ms)}"
+            lost.append((excess, f"{row.module} ({was})"))
+        elif not row.module:
+            lost.append((excess, f"what is no layer ({100 * left.ms / total:.0f} % of the time)"))
+    worst = [text for excess, text in sorted(lost, reverse=True)[:2] if excess > 0.02 * total]
+    told = f": most is lost in {' and '.join(worst)}" if worst else ""
+    return told + _alignment(report, pruned)
+
+
+def _alignment(report: Report, pruned: Mapping[str, Layer]) -> str:
+    """Where widths are no multiples of what is fast here, a name and by how much they would gain."""
+    speeds = {} if report.price is None else {int(k): speed for k, speed in report.price.alignment.items()}
+    if not speeds:
+        return ""
+    best = max(speeds, key=lambda k: speeds[k])
+    for row in pruned.values():
+        own = max((k for k in speeds if row.width and row.width % k == 0), default=best)
+        if speeds[own] < FELL_SHORT * speeds[best]:
+            gain = factor(speeds[best] / speeds[own])
+            return f"; {row.module} has {row.width} outputs, and multiples of {best} are {gain} faster on this machine"
+    return ""
+
+
+def prompt_cost(report: Report) -> str | None:
+    """What the prompt costs in time: an addition and a clamp in every run; None where nothing tells."""
+    at = headline(report)
+    row = factor_at(report, "dense+prompt", at) if at is not None else None
+    dense = latency_at(report.arms["dense"], at)
+    if row is None or dense is None or at is None:
+        return None
+    ms = dense.p50_ms / row.factor - dense.p50_ms
+    low, high = (100 * (1 / bound - 1) for bound in reversed(row.interval))
+    return (
+        f"In time: {minus(f'{ms:+.3f}')} ms of {significant(dense.p50_ms)} ({minus(f'{low:+.1f}')} to {minus(f'{high:+.1f}')} %; "
+        f"dense+prompt against dense; {describe(at)})."
+    )
+
+
 def prompt_effect(report: Report) -> list[str]:
     """What the prompt gave: each comparison is of arms trained with and without it, never one with it switched off."""
-    return [_gain(report, "Without pruning", "dense+prompt"), _gain(report, "With pruning", "pruned")]
+    cost = prompt_cost(report)
+    gains = [_gain(report, "Without pruning", "dense+prompt"), _gain(report, "With pruning", "pruned")]
+    return gains if cost is None else [*gains, cost]
 
 
 def _gain(report: Report, when: str, arm: str) -> str:

@@ -55,6 +55,7 @@ class Selector:
     must: Bools  # [blocks] the first block of each group
     dense_widths: Array
     bounds: tuple[Bound, ...]
+    price: Cost  # what importance is weighed against
 
     @property
     def budget(self) -> Bound:
@@ -98,10 +99,12 @@ def build_selector(
     round_to: int,
     max_removal: float,
     limits: Mapping[str, float] = MappingProxyType({}),
+    price: str | None = None,
     stops: Callable[[str, Array], str] = lambda kind, widths: "",
 ) -> Selector:
     """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain: ``requested`` of the dense network for a
-    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``stops`` tells what a kind
+    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``price``: what importance
+    is weighed against, if not what the budget counts; ``stops`` tells what a kind
     is made of where widths can get no narrower.
 
     Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much, when the dense
@@ -133,6 +136,7 @@ def build_selector(
             )
             for kind, amount in ((budget, requested), *limits.items())
         ),
+        price=cost.of(price or budget),
     )
     for number, bound in enumerate(selector.bounds):
         key = f"budget.{bound.kind}" if number == 0 else f"budget.limits.{bound.kind}"
@@ -173,10 +177,10 @@ def _shown(value: float) -> str:
 
 
 def prices(selector: Selector) -> Array:
-    """What the last channel of each group adds to what the budget counts: [groups], at least 0."""
-    dense, cost = selector.dense_widths, selector.budget.cost
+    """What the last channel of each group adds to what importance is weighed against: [groups], at least 0."""
+    dense, price = selector.dense_widths, selector.price
     without = dense - np.eye(len(dense))
-    return np.array([cost(dense) - cost(widths) for widths in without])
+    return np.array([price(dense) - price(widths) for widths in without])
 
 
 def _widths(selector: Selector, taken: Bools) -> Array:

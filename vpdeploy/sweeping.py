@@ -1,0 +1,76 @@
+"""One search, many cut-offs: the same scores cut at several budgets, each tuned, and the front of what came of it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vpdeploy import run_folder
+from vpdeploy.errors import RecipeError
+from vpdeploy.pipeline import run, search_only
+from vpdeploy.progress import Display
+from vpdeploy.recipe.tables import BUDGETS, RATIOS, Recipe
+from vpdeploy.recipe.writing import with_values
+from vpdeploy.report.sweep import render_sweep, sweep_of
+from vpdeploy.values import Report, Sweep
+
+SHARED = "search"  # the run that all points begin from
+
+
+def sweep(
+    recipe: Recipe, folder: Path, *, kind: str, amounts: Sequence[float], again: Sequence[str], display: Display
+) -> Sweep:
+    """Search once under the recipe's own budget; then cut, tune, export and measure at each of ``amounts`` of budget ``kind``.
+
+    again: the words of a command that runs this recipe, without its folder and budget. Interrupted, the same call goes on
+    where it stopped.
+
+    Raises: RecipeError for amounts that are out of range; BudgetError for one that cannot be reached.
+    """
+    _check(kind, amounts)
+    command = shlex.join([*again, "-o", str(folder / SHARED)])
+    search_only(recipe, folder / SHARED, command=command, display=display)
+    found = (folder / SHARED / "found.safetensors").resolve()
+    reports: dict[str, Report] = {}
+    commands: dict[str, str] = {}
+    for amount in amounts:
+        name = f"{kind}-{amount:g}"
+        path = folder / name
+        values = {f"budget.{other}": None for other in BUDGETS} | {f"budget.{kind}": amount, "search.found": str(found)}
+        told = [f"budget.{kind}={amount:g}", f"search.found={found}"]
+        commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
+        fresh = not (path / "stages.json").exists()
+        if fresh:
+            _begin_from(folder / SHARED, path)
+        display.say(f"{kind} {amount:g}:")
+        reports[name] = run(
+            with_values(recipe, values), path, redo="search" if fresh else None, command=commands[name], display=display
+        )
+        made = sweep_of(reports, commands)
+        pages = render_sweep(made)
+        run_folder.write_value(folder / "sweep.json", made)
+        run_folder.write_bytes(folder / "sweep.md", pages.markdown.encode())
+        run_folder.write_bytes(folder / "sweep.html", pages.html.encode())
+    return made
+
+
+def _check(kind: str, amounts: Sequence[float]) -> None:
+    problems = [
+        f"--{kind.replace('_', '-')}: got {amount:g}; expected {'above 0 and at most 1' if kind in RATIOS else 'above 0'}"
+        for amount in amounts
+        if not 0 < amount <= (1 if kind in RATIOS else float("inf"))
+    ]
+    twice = [amount for number, amount in enumerate(amounts) if amount in amounts[:number]]
+    problems += [f"--{kind.replace('_', '-')}: got {amount:g} twice; expected each once" for amount in twice]
+    if problems or not amounts:
+        raise RecipeError("sweep", problems or ["expected at least one budget, such as --macs-ratio 0.7,0.5"])
+
+
+def _begin_from(shared: Path, path: Path) -> None:
+    """A run folder in which stage 0 and the dense arms stand done. It appears under its name when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(shared, part, ignore=shutil.ignore_patterns("*.lock", ".lock", "state"))
+    part.rename(path)
