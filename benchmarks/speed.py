@@ -4,7 +4,7 @@
 
 Random weights, 224 pixels, exact groups alone. Of each network and MACs ratio:
 
-- ours: the budget macs_ratio with round_to = "auto" and price = "latency_ms"; importances are drawn from a log-normal of
+- ours: the budget macs_ratio with round_to = "auto" and speed = true; importances are drawn from a log-normal of
   sigma 1 (untrained networks have none of their own), as ``search.score_init = "taylor"`` weighs them;
 - by hand: every group at the same share of its width, rounded to 8, 16 or 32, at our MACs: the fastest of the three;
 - Torch-Pruning: its MagnitudePruner at a uniform ratio, nothing rounded, at our MACs.
@@ -58,7 +58,7 @@ def recipe_of(name: str, folder: Path, **budget: object) -> Recipe:
         "data": {"name": "digits"},
         "input": {"image_size": 224},
         "prompt": {"pixels": {"kind": "none"}},
-        "budget": {"round_to": "auto", "price": "latency_ms", **budget},
+        "budget": {"round_to": "auto", "speed": True, **budget},
         "compute": {"precision": "fp32", "channels_last": "no"},
     }
     return parse_recipe(raw, where="benchmark", folder=folder)
@@ -77,7 +77,8 @@ def our_widths(selector: Selector) -> Array:
 def hand_widths(groups: tuple[ChannelGroup, ...], cost: CostModel, macs: float, round_to: int) -> Array:
     """The same share of every group, rounded, whose MACs are nearest to ``macs``."""
     allowed = [
-        np.array(allowed_widths(g.width, unit=g.unit, round_to=round_to, max_removal=0.9), float) for g in groups
+        np.array(allowed_widths(g.width, unit=g.unit, round_to=round_to, max_removal=0.9, steps=1), float)
+        for g in groups
     ]
     rows = [
         np.array([row[np.abs(row - share * row[-1]).argmin()] for row in allowed]) for share in np.linspace(0.1, 1, 400)
@@ -100,7 +101,9 @@ def plain_torch_pruning(network: nn.Module, macs: float) -> nn.Module:
 def _pruned(network: nn.Module, ratio: float) -> nn.Module:
     small, example = copy.deepcopy(network).requires_grad_(True), torch.zeros(1, 3, 224, 224)
     last = [module for module in small.modules() if isinstance(module, nn.Linear)][-1]
-    heads = {module: module.num_heads for module in small.modules() if isinstance(module, nn.MultiheadAttention)}
+    heads: dict[nn.Module, int] = {
+        module: module.num_heads for module in small.modules() if isinstance(module, nn.MultiheadAttention)
+    }
     pruner = torch_pruning.pruner.MagnitudePruner(
         small,
         example,
@@ -179,7 +182,8 @@ def rows_of(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[
 def table(rows: list[dict]) -> str:
     """Markdown: a line for each network, ratio, threads and batch."""
     lines = [
-        "| network | MACs ratio | threads | batch | dense, ms | MACs | measured | share of theory | by hand | ours / by hand | Torch-Pruning | ours / Torch-Pruning |",
+        "| network | MACs ratio | threads | batch | dense, ms | MACs | measured | share of theory | by hand | ours / by hand "
+        "| Torch-Pruning | ours / Torch-Pruning |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     keys = dict.fromkeys((r["network"], r["threads"], r["batch"]) for r in rows)

@@ -30,7 +30,7 @@ from vpdeploy.measure.memory import measure_memory
 from vpdeploy.measure.settings import setting_of
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.report.sheets import reach
-from vpdeploy.scoring.select import Selector, allowed_widths, build_selector, is_ratio, select
+from vpdeploy.scoring.select import STEPS, Selector, allowed_widths, build_selector, is_ratio, select
 from vpdeploy.surgery.cost import Array, CostModel, cost_of, quantity_of
 from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.shapes import Shapes, shapes_of
@@ -131,7 +131,8 @@ def selector_at(priced: Price, groups: ChannelGroups, cost: CostModel, shapes: S
         round_to=priced.round_to,
         max_removal=table.max_removal,
         limits=table.limits.given,
-        price=None if table.price == "budget" else table.price,
+        steps=_steps(recipe),
+        speed="latency_ms" if table.speed else None,
         stops=lambda kind, widths: _stops(kind, widths, priced, groups, shapes),
     )
 
@@ -179,7 +180,14 @@ def _image_shape(recipe: Recipe) -> tuple[int, ...]:
 
 
 def _allowed(group: ChannelGroup, recipe: Recipe, round_to: int) -> list[int]:
-    return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=recipe.budget.max_removal)
+    return allowed_widths(
+        group.width, unit=group.unit, round_to=round_to, max_removal=recipe.budget.max_removal, steps=_steps(recipe)
+    )
+
+
+def _steps(recipe: Recipe) -> int:
+    """Where speed decides the multiple, narrow groups have it too."""
+    return 1 if recipe.budget.round_to == "auto" else STEPS
 
 
 def _mixed(groups: Sequence[ChannelGroup], recipe: Recipe, round_to: int) -> Array:

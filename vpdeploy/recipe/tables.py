@@ -248,14 +248,14 @@ class BudgetTable(Table):
     limits: LimitsTable = Field(default_factory=LimitsTable)
     round_to: Literal["auto"] | Count = Field(
         default=8,
-        description="kept widths are multiples of this, or the full width; auto: what a short sweep on [target] finds fast",
+        description="kept widths are multiples of this, or the full width, and smaller steps in groups narrower than 4 of these; auto: what a short sweep on [target] finds fast, in every group wider than it",
     )
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose"
     )
-    price: Literal["budget", "latency_ms"] = Field(
-        default="budget",
-        description='what search.score_init = "taylor" weighs importance against: what the budget counts, or milliseconds on [target]',
+    speed: bool = Field(
+        default=False,
+        description='at the same budget, what takes long on [target] for what the budget counts goes first; of search.score_init = "taylor"',
     )
     allow_approximate: bool = Field(
         default=False,
@@ -279,7 +279,7 @@ class BudgetTable(Table):
     @property
     def reads_target(self) -> bool:
         """Whether another [target] would give another network."""
-        return bool(self.measured) or self.round_to == "auto" or self.price == "latency_ms"
+        return bool(self.measured) or self.round_to == "auto" or self.speed
 
 
 class TargetTable(Table):

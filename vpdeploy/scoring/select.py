@@ -55,7 +55,7 @@ class Selector:
     must: Bools  # [blocks] the first block of each group
     dense_widths: Array
     bounds: tuple[Bound, ...]
-    price: Cost  # what importance is weighed against
+    speed: Cost | None = None  # milliseconds, where importance is weighed against them too
 
     @property
     def budget(self) -> Bound:
@@ -76,15 +76,18 @@ class Selector:
 LEAST_CHANNELS = 4  # of a layer: a squeeze of 2 or 3 channels says nothing, and saves nothing
 
 
-def allowed_widths(width: int, *, unit: int = 1, round_to: int, max_removal: float) -> list[int]:
+STEPS = 4  # of widths, at least, that a group may have
+
+
+def allowed_widths(width: int, *, unit: int = 1, round_to: int, max_removal: float, steps: int = STEPS) -> list[int]:
     """The kept widths that a group may have, ascending; the last is the full width.
 
     A layer keeps ``unit`` outputs for each channel of the group: multiples of ``round_to`` of these; in groups narrower than
-    4 such steps multiples of the largest power of two up to a quarter of their width, so that narrow groups keep a choice.
-    Never fewer than LEAST_CHANNELS outputs, and never less than ``max_removal`` leaves.
+    ``steps`` such steps, or as wide as one, multiples of the largest power of two up to a quarter of their width, so that
+    narrow groups keep a choice. Never fewer than LEAST_CHANNELS outputs, and never less than ``max_removal`` leaves.
     """
     step = round_to // math.gcd(round_to, unit)
-    if width < 4 * step:
+    if width < steps * step or width == step:
         step = 2 ** max(0, int(math.log2(max(1, width // 4))))
     least = max(math.ceil(LEAST_CHANNELS / unit), math.ceil(width * (1 - max_removal) - 1e-9))
     return [w for w in range(step, width, step) if w >= least] + [width]
@@ -99,12 +102,13 @@ def build_selector(
     round_to: int,
     max_removal: float,
     limits: Mapping[str, float] = MappingProxyType({}),
-    price: str | None = None,
+    steps: int = STEPS,
+    speed: str | None = None,
     stops: Callable[[str, Array], str] = lambda kind, widths: "",
 ) -> Selector:
     """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain: ``requested`` of the dense network for a
-    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``price``: what importance
-    is weighed against, if not what the budget counts; ``stops`` tells what a kind
+    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``steps``: as ``allowed_widths``
+    takes them; ``speed``: the quantity that importance is weighed against beside the budget's; ``stops`` tells what a kind
     is made of where widths can get no narrower.
 
     Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much, when the dense
@@ -115,7 +119,9 @@ def build_selector(
     blocks: list[tuple[int, int, int, bool]] = []  # place, group, width, must stay
     for number, group in enumerate(groups):
         edge = 0
-        for kept in allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=max_removal):
+        for kept in allowed_widths(
+            group.width, unit=group.unit, round_to=round_to, max_removal=max_removal, steps=steps
+        ):
             blocks.append((int(starts[number]) + edge, number, kept - edge, edge == 0))
             edge = kept
     place, owner, size, must = (
@@ -136,7 +142,7 @@ def build_selector(
             )
             for kind, amount in ((budget, requested), *limits.items())
         ),
-        price=cost.of(price or budget),
+        speed=None if speed is None else cost.of(speed),
     )
     for number, bound in enumerate(selector.bounds):
         key = f"budget.{bound.kind}" if number == 0 else f"budget.limits.{bound.kind}"
@@ -177,10 +183,21 @@ def _shown(value: float) -> str:
 
 
 def prices(selector: Selector) -> Array:
-    """What the last channel of each group adds to what importance is weighed against: [groups], at least 0."""
-    dense, price = selector.dense_widths, selector.price
-    without = dense - np.eye(len(dense))
-    return np.array([price(dense) - price(widths) for widths in without])
+    """What importance is weighed against, for the last channel of each group: [groups], at least 0.
+
+    What it adds to the budget: importance per product, or per millisecond (HALP, arXiv:2110.10811). Where speed counts beside
+    another budget, times the square of the milliseconds for each unit of that: at the same budget, what runs slowly goes first.
+    """
+    price = _marginal(selector, selector.budget.cost)
+    if selector.speed is None:
+        return price
+    ms = _marginal(selector, selector.speed)
+    return np.divide(ms**2, price, out=np.zeros_like(ms), where=price > 0)
+
+
+def _marginal(selector: Selector, cost: Cost) -> Array:
+    dense = selector.dense_widths
+    return np.array([cost(dense) - cost(widths) for widths in dense - np.eye(len(dense))])
 
 
 def _widths(selector: Selector, taken: Bools) -> Array:
