@@ -53,7 +53,7 @@ class Candidates:
         self.backbone = _shaken(work.built.backbone)
         self.classes = work.source.classes
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
-        self.whole = folder / f"whole.{form}.onnx"
+        self.whole = folder / f"dense.{form}.onnx"
         self.export(self.backbone, self.whole)
         self.graph: Graph | None = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
 
@@ -61,7 +61,7 @@ class Candidates:
         """The dense arm's file."""
         if not self.prompted:
             return self.whole
-        path = self.folder / f"dense.{self.form}.onnx"
+        path = self.folder / f"unprompted.{self.form}.onnx"
         if self.graph is None or not self.graph.write_without_prompt(path):
             self.export(self.backbone, path, prompted=False)
         return path

@@ -155,13 +155,15 @@ class Ledger:
     def _reads(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
         entry = self._entries().get(stage.name, {"reads": {}})
         before = {key: value for key, value in entry["reads"].items() if key.startswith((_CONTENTS, _MACHINE))}
-        inputs = {_CONTENTS + name: value for name, value in self.inputs.items()}
+        values = values_read(stage, recipe)
+        # A file that a key names is read by the stages that read the key.
+        inputs = {_CONTENTS + name: value for name, value in self.inputs.items() if "." not in name or name in values}
         if stage.kind == "bench":
             inputs |= {_MACHINE + name: value for name, value in self.machine.items()}
             manifest = manifest_file(self.path.parent)  # which holds the checksum of every exported file
             if manifest.exists():
                 inputs[f"{_CONTENTS}export"] = sha256_of(manifest)
-        reads = {**values_read(stage, recipe), **before, **inputs}
+        reads = {**values, **before, **inputs}
         return json.loads(json.dumps(reads))  # as it comes back from disk
 
     def _entries(self) -> dict[str, Any]:

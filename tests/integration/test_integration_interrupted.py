@@ -19,6 +19,7 @@ pytestmark = pytest.mark.xdist_group("interrupted")  # one server of forks for a
 # one's to go on from.
 PLACES = {
     "groups": ("groups.json", 1),
+    "price": ("price.json", 1),
     "fit": ("state/fit.pt", 2),
     "tune:dense": ("state/tune.dense.pt", 2),
     "search:pruned": ("state/search.pruned.pt", 2),
@@ -36,6 +37,7 @@ ENDS = {
 KILLED = [("kill before", stage) for stage in ("fit", "search:pruned", "tune:pruned", "export", "bench")]
 INTERRUPTED_OR_FULL = [
     ("full", "groups"),
+    ("interrupt after", "price"),
     ("interrupt after", "fit"),
     ("full", "tune:dense"),
     ("interrupt after", "search:pruned"),

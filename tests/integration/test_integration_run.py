@@ -45,6 +45,7 @@ HANDED_ON = [
     ".lock",
     "stages.json",
     "groups.json",
+    "price.json",
     "certificate.json",
     "skipped.training.txt",
     "skipped.test.txt",

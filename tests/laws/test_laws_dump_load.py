@@ -50,7 +50,7 @@ def of(kind: Any) -> st.SearchStrategy[Any]:
     """Any value of an annotation in ``vpdeploy.values``."""
     if kind in LEAVES:
         return LEAVES[kind]
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or hasattr(kind, "_fields"):  # or a named tuple
         return st.builds(kind, **{name: of(hint) for name, hint in hints(kind).items()})  # type: ignore[arg-type]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:

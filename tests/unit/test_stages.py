@@ -42,6 +42,7 @@ def stages_of(of) -> list[Stage]:
     pruned = [arm for arm in of.arms if arm.startswith("pruned")]
     return [
         Stage("groups"),
+        Stage("price"),
         *training_stages(of),
         *(Stage("cut", arm) for arm in pruned),
         Stage("export"),
@@ -70,15 +71,16 @@ PROMPTED = {"search:pruned", "cut:pruned", "tune:pruned", "tune:dense+prompt"}
 CASES = [
     ("bench.seconds", 1.0, {"bench"}),
     ("data.limit_test", 100, {"bench"}),
-    ("export.opset", 20, AFTER),
+    ("export.opset", 20, {*AFTER, "price"}),
     ("tune.epochs", 3, {*TUNES, *AFTER}),
     ("prompt.pixels.size", 3, {*PROMPTED, *AFTER}),
     ("search.epochs", 3, {*PRUNED, *AFTER}),
-    ("budget.macs_ratio", 0.4, {*PRUNED, *AFTER}),
+    ("budget.macs_ratio", 0.4, {*PRUNED, *AFTER, "price"}),
+    ("target.threads", 2, {"price"}),
     ("fit.epochs", 3, {*PRUNED, *TUNES, *AFTER, "fit"}),
     ("seed", 8, {*PRUNED, *TUNES, *AFTER, "fit"}),
-    ("model.name", "cifar_resnet14", {*PRUNED, *TUNES, *AFTER, "groups", "fit"}),
-    ("input.image_size", 200, {*PRUNED, *TUNES, *AFTER, "groups", "fit"}),
+    ("model.name", "cifar_resnet14", {*PRUNED, *TUNES, *AFTER, "groups", "price", "fit"}),
+    ("input.image_size", 200, {*PRUNED, *TUNES, *AFTER, "groups", "price", "fit"}),
     ("compute.workers", 1, set()),
     ("data.download", True, set()),
 ]
@@ -110,6 +112,20 @@ def test_every_key_is_read_by_some_stage_but_those_that_change_no_result():
     """A key that no stage read could be changed without effect, and without a word."""
     known = {key for stage in stages_of(recipe()) for key in values_read(stage, recipe())}
     assert set(flatten(recipe())) - known == {"data.download", "compute.workers"}
+
+
+def test_another_target_searches_again_where_it_decides_what_is_cut(tmp_path):
+    before = recipe(budget__macs_ratio=None, budget__latency_ratio=0.5)
+    ledger = Ledger(tmp_path / "stages.json", INPUTS)
+    for stage in stages_of(before):
+        ledger.finish(stage, before)
+    now = with_values(before, {"target.threads": 2})
+    assert undone(ledger, now) == {*PRUNED, *AFTER, "price"}
+
+
+def test_a_new_price_leaves_stage_0_and_the_dense_arms(ledger):
+    gone = ledger.forget("price", recipe())
+    assert set(gone) == {*PRUNED, *AFTER, "price"}
 
 
 def test_an_arm_more_leaves_the_training_of_the_others(tmp_path):

@@ -139,7 +139,7 @@ def _alignment(report: Report, pruned: Mapping[str, Layer]) -> str:
 def prompt_cost(report: Report) -> str | None:
     """What the prompt costs in time: an addition and a clamp in every run; None where nothing tells."""
     at = headline(report)
-    row = factor_at(report, "dense+prompt", at) if at is not None else None
+    row = factor_at(report, "dense+prompt", at) if "dense+prompt" in report.arms else None
     dense = latency_at(report.arms["dense"], at)
     if row is None or dense is None or at is None:
         return None

@@ -152,7 +152,7 @@ def build_selector(
                 f"{key}: got {bound.requested:g}; the dense network has {_shown(dense)} already, so that nothing need be "
                 f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
             )
-        if not groups and bound.limit < dense:
+        if not groups and (bound.requested < 1 if is_ratio(bound.kind) else bound.limit < dense):
             raise BudgetError(
                 f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, dense, dense)}, as nothing can be "
                 "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
@@ -173,7 +173,7 @@ def is_ratio(kind: str) -> bool:
 
 def _reachable(bound: Bound, least: float, dense: float) -> str:
     """Rounded up: what is told can be asked for."""
-    return f"{math.ceil(least / dense * 1e4) / 1e4:g}" if is_ratio(bound.kind) else _shown(least)
+    return _shown(least) if not is_ratio(bound.kind) else f"{math.ceil(least / dense * 1e4) / 1e4:g}" if dense else "1"
 
 
 def _shown(value: float) -> str:
@@ -255,7 +255,8 @@ def select(selector: Selector, scores: Mapping[str, Array]) -> Selection:
     mask = ChannelMask({root: tuple(bool(k) for k in part) for root, part in zip(selector.roots, parts, strict=True)})
     widths = np.array([sum(mask.keep[root]) for root in selector.roots], float)
     budget = selector.budget
-    if stays.all() and not selector.fits(selector.dense_widths):
+    asked = is_ratio(budget.kind) and budget.requested < 1 and budget.limit < budget.dense * (1 + 1e-11)
+    if stays.all() and asked:
         raise SurgeryError(f"nothing was removed, though budget.{budget.kind} is {budget.requested:g}")
     limits = {bound.kind: (bound.requested, bound.reached(widths)) for bound in selector.bounds[1:]}
     return Selection(mask, budget.kind, budget.requested, budget.reached(widths), limits)

@@ -54,8 +54,8 @@ class Tokens(nn.Module):
         self.up, self.down, self.head = nn.Linear(10, 24), nn.Linear(24, 10), nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).transpose(1, 2)
-        return self.head((tokens + self.down(F.gelu(self.up(tokens)))).mean(1))
+        tokens = self.patch(x).permute(0, 2, 3, 1)
+        return self.head((tokens + self.down(F.gelu(self.up(tokens)))).mean((1, 2)))
 
 
 def exported(network: nn.Module, path: Path, *, prompt: bool = False) -> Deployable:
@@ -107,7 +107,11 @@ def test_a_cut_in_the_graph_computes_what_a_cut_in_torch_does(kind, tmp_path):
         # and its bytes are what the terms say
         widths = np.array([sum(keep[g.root]) for g in groups], float)
         held = sum(onnx.numpy_helper.to_array(t).nbytes for t in onnx.load(path).graph.initializer)
-        assert shapes.sum_of(graph.terms()).at(widths) == pytest.approx(held)
+        told = shapes.sum_of(graph.terms()).at(widths)
+        indices = (
+            sum(8 * g.width for g in groups) if kind is Convolutions else 0
+        )  # of the shortcut: taken as when dense
+        assert held <= told <= held + indices
 
 
 def test_a_tensor_that_is_not_found_is_an_error(tmp_path):

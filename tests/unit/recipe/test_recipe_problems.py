@@ -100,10 +100,44 @@ ONE_PROBLEM = [
     ({"budget": {"macs_ratio": 1.01}}, "budget.macs_ratio: got 1.01; expected at most 1"),
     (
         {"budget": {"params_ratio": 0.5}},
-        "budget: got macs_ratio and params_ratio; expected exactly one of channel_ratio, macs_ratio, params_ratio: "
-        "remove the others",
+        "budget: got macs_ratio and params_ratio; expected exactly one of channel_ratio, macs_ratio, params_ratio, "
+        "latency_ratio, latency_ms, file_mib, memory_mib: remove the others",
     ),
     ({"budget": {"macs_ratio": None}}, "budget: got none; expected exactly one of channel_ratio, macs_ratio, "),
+    (
+        {"budget": {"macs_ratio": None, "latency_ratio": 0.5, "latency_ms": 3.0}},
+        "budget: got latency_ratio and latency_ms; expected exactly one of channel_ratio, macs_ratio, params_ratio, "
+        "latency_ratio, latency_ms, file_mib, memory_mib: two latency budgets cannot both be met exactly: keep one, or put "
+        "latency_ms into [budget.limits]",
+    ),
+    (
+        {"budget": {"macs_ratio": None, "latency_ratio": 0.5, "limits": {"latency_ms": 3.0}}},
+        "budget.limits.latency_ms: got 3 beside budget.latency_ratio; expected one of the two",
+    ),
+    (
+        {"budget": {"macs_ratio": None, "file_mib": 0.5, "limits": {"file_mib": 3.0}}},
+        "budget.limits.file_mib: got 3 beside budget.file_mib; expected one of the two",
+    ),
+    ({"budget": {"limits": {"latency_ms": 0.0}}}, "budget.limits.latency_ms: got 0.0; expected more than 0"),
+    ({"budget": {"limits": {"latency": 1.0}}}, "budget.limits.latency: unknown key; did you mean 'latency_ms'?"),
+    ({"budget": {"round_to": "fast"}}, "budget.round_to: got 'fast'; expected 'auto' or a whole number"),
+    ({"budget": {"macs_ratio": None, "latency_ratio": 1.5}}, "budget.latency_ratio: got 1.5; expected at most 1"),
+    # the target
+    ({"target": {"engine": "tensorflow"}}, "target.engine: got 'tensorflow'; expected 'onnxruntime-cpu', "),
+    ({"target": {"batch": 0}}, "target.batch: got 0; expected at least 1"),
+    (
+        {"target": {"form": "uint8"}, "export": {"forms": ["float"]}},
+        "target.form: got 'uint8', which is not exported; expected one of export.forms ('float')",
+    ),
+    (
+        {"target": {"engine": "openvino-cpu"}, "budget": {"macs_ratio": None, "memory_mib": 90.0}},
+        "budget.memory_mib: got a budget for target.engine 'openvino-cpu'; expected 'onnxruntime-cpu': the memory of other "
+        "engines is not measured",
+    ),
+    (
+        {"target": {"precision": "bf16"}},
+        "target.precision: got 'bf16' for 'onnxruntime-cpu'; expected 'fp32': it runs what the file holds",
+    ),
     # what no key can know alone
     (
         {"input": {"image_size": 32, "canvas_size": 16}, "prompt": {"pixels": {"size": 2}}},

@@ -16,7 +16,7 @@ from vpdeploy.recipe.writing import flatten
 
 def test_the_least_recipe_is_enough():
     recipe = parse({})
-    assert recipe.budget.kind == "macs_ratio" and recipe.budget.ratio == 0.5
+    assert recipe.budget.kind == "macs_ratio" and recipe.budget.requested == 0.5
     assert recipe.arms == ("dense", "dense+prompt", "pruned")
 
 
@@ -92,7 +92,7 @@ def test_set_replaces_a_key(tmp_path, text, key, value):
 
 def test_set_of_one_budget_replaces_the_other(tmp_path):
     recipe = load_recipe(written(tmp_path, {}), ["budget.channel_ratio=0.3"])
-    assert (recipe.budget.kind, recipe.budget.ratio) == ("channel_ratio", 0.3)
+    assert (recipe.budget.kind, recipe.budget.requested) == ("channel_ratio", 0.3)
     recipe = load_recipe(written(tmp_path, {}), ["budget.round_to=4"])
     assert (recipe.budget.kind, recipe.budget.round_to) == ("macs_ratio", 4)
 

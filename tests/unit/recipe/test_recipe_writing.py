@@ -9,6 +9,7 @@ import pytest
 from unit.recipe.least import parse
 
 from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.recipe.tables import AMOUNTS, BUDGETS
 from vpdeploy.recipe.writing import dump_recipe, flatten, recipe_hash, with_values
 
 FULL = {
@@ -19,6 +20,9 @@ FULL = {
     "budget": {"macs_ratio": None, "params_ratio": 0.25},
     "prompt": {"pixels": {"kind": "none"}},
 }
+
+
+LIMITS = {f"budget.limits.{name}": 5.0 for name in AMOUNTS}
 
 
 @pytest.mark.parametrize("changes", [{}, FULL], ids=["least", "full"])
@@ -78,14 +82,21 @@ def other(key: str, value: object) -> object:
         return (value + 0.01) / 2
     if isinstance(value, list):
         return [other("", item) for item in value]
-    return {"input.canvas_size": 300, "data.test_fraction": 0.3, "budget.channel_ratio": 0.3}.get(key, "another")
+    return {
+        "input.canvas_size": 300,
+        "data.test_fraction": 0.3,
+        "budget.channel_ratio": 0.3,
+        "target.engine": "torch-eager",
+        "target.device": "cpu",
+        "target.form": "uint8",
+        **LIMITS,
+    }.get(key, "another")
 
 
 def test_the_hash_changes_with_every_key():
     recipe = parse({})
-    values = {
-        key: value for key, value in flatten(recipe).items() if key not in ("search.method", "budget.params_ratio")
-    }
+    fixed = {"search.method", *(f"budget.{name}" for name in BUDGETS if name not in ("channel_ratio", "macs_ratio"))}
+    values = {key: value for key, value in flatten(recipe).items() if key not in fixed}
     hashes = {key: recipe_hash(with_values(recipe, {key: other(key, value)})) for key, value in values.items()}
     assert len(values) > 50
     assert len({*hashes.values(), recipe_hash(recipe)}) == len(values) + 1

@@ -257,7 +257,8 @@ def test_time_that_parts_from_macs_is_said_in_both_directions(report):
 
 
 def test_the_prompt_is_judged_by_arms_trained_with_and_without_it(report):
-    without_pruning, with_pruning = prompt_effect(report)
+    without_pruning, with_pruning, in_time = prompt_effect(report)
+    assert in_time.startswith("In time: ") and "dense+prompt against dense; float form" in in_time
     assert "dense+prompt has +0.13 points top-1 against dense" in without_pruning
     assert "not distinguishable from none" in without_pruning
     assert "pruned has +0.19 points top-1 against pruned-prompt" in with_pruning
@@ -357,7 +358,7 @@ def test_the_page_is_whole_and_fetches_nothing(pages):
     assert page.fetched == []
     assert "script" not in page.tags and "link" not in page.tags
     assert "@import" not in pages.html and "url(http" not in pages.html
-    assert page.tags.count("svg") == 4  # accuracy, two pruned arms, latency
+    assert page.tags.count("svg") == 5  # arms, accuracy, two pruned arms, latency
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -365,6 +366,7 @@ def test_sections_stand_in_their_order(pages):
     headings = re.findall(r"<h2>(.*?)</h2>", pages.html)
     assert headings == [
         "Comparison",
+        "Accuracy against cost",
         "Accuracy over epochs",
         "Kept width per group",
         "Latency",

@@ -73,7 +73,7 @@ def test_allowed_widths_count_the_outputs_of_a_layer(width, unit, round_to, max_
 
 
 def test_the_highest_scores_stay_wherever_they_are():
-    chosen = select(selector(4, 3, ratio=0.58), scores(g0=[0.1, 0.9, 0.2, 0.8], g1=[0.7, 0.3, 0.6]))  # 4 of 7
+    chosen = select(selector(4, 3, requested=0.58), scores(g0=[0.1, 0.9, 0.2, 0.8], g1=[0.7, 0.3, 0.6]))  # 4 of 7
     assert chosen.mask.keep == {"g0": (False, True, False, True), "g1": (True, False, True)}
     assert chosen.reached == 4 / 7 and chosen.mask.widths() == {"g0": 2, "g1": 2}
 
@@ -81,7 +81,7 @@ def test_the_highest_scores_stay_wherever_they_are():
 def test_a_dear_group_that_no_longer_fits_leaves_room_for_a_cheap_one():
     # 4 * 10 + 4 * 1 = 44 MACs; 26 may stay: both groups' one channel (11), one dear (21), and then only cheap ones fit
     chosen = select(
-        selector(4, 4, weights=[10.0, 1.0], budget="macs_ratio", ratio=26 / 44),
+        selector(4, 4, weights=[10.0, 1.0], budget="macs_ratio", requested=26 / 44),
         scores(g0=[9.0, 8.0, 7.0, 6.0], g1=[4.0, 3.0, 2.0, 1.0]),
     )
     assert chosen.mask.widths() == {"g0": 2, "g1": 4}
@@ -91,16 +91,16 @@ def test_a_dear_group_that_no_longer_fits_leaves_room_for_a_cheap_one():
 def test_the_budget_is_met_to_the_last_channel():
     row = np.random.default_rng(0).random(4000)
     for kept in (1999, 2000, 2001):
-        assert select_row(selector(4000, ratio=kept / 4000), row).sum() == kept
+        assert select_row(selector(4000, requested=kept / 4000), row).sum() == kept
 
 
 def test_one_group_keeps_its_least_when_its_scores_are_low():
-    chosen = select(selector(10, 10, ratio=0.5, max_removal=0.8), scores(g0=[0.0] * 10, g1=[1.0] * 10))
+    chosen = select(selector(10, 10, requested=0.5, max_removal=0.8), scores(g0=[0.0] * 10, g1=[1.0] * 10))
     assert chosen.mask.widths() == {"g0": 2, "g1": 8}
 
 
 def test_blocks_compete_by_their_mean():
-    chosen = select(selector(16, 16, ratio=0.5, round_to=4, max_removal=0.75), scores(
+    chosen = select(selector(16, 16, requested=0.5, round_to=4, max_removal=0.75), scores(
         g0=[9.0] * 4 + [5.0, 0, 0, 0] + [0.0] * 8,  # its second block: mean 1.25
         g1=[9.0] * 4 + [2.0] * 4 + [1.5] * 4 + [0.0] * 4,  # its second: 2, its third: 1.5
     ))  # fmt: skip
@@ -112,13 +112,13 @@ def test_blocks_compete_by_their_mean():
 
 def test_of_equal_channels_the_earlier_stay_and_of_equal_groups_the_earlier_grows_first():
     same = scores(g0=[1.0] * 5, g1=[1.0] * 5)
-    first = select(selector(5, 5, ratio=0.5), same)
+    first = select(selector(5, 5, requested=0.5), same)
     assert first.mask.keep == {"g0": (True,) * 4 + (False,), "g1": (True,) + (False,) * 4}
-    assert select(selector(5, 5, ratio=0.5), same) == first
+    assert select(selector(5, 5, requested=0.5), same) == first
 
 
 def test_negative_zero_is_zero():
-    tied = select(selector(4, ratio=0.5), scores(g0=[-0.0, 0.0, -0.0, 0.0]))
+    tied = select(selector(4, requested=0.5), scores(g0=[-0.0, 0.0, -0.0, 0.0]))
     assert tied.mask.keep["g0"] == (True, True, False, False)
 
 
@@ -126,7 +126,7 @@ def test_negative_zero_is_zero():
 def test_rounding_of_a_mean_does_not_reorder_equal_blocks(value):
     """Eleven equal scores in blocks of 3 and a last of 2: the means differ in their last bit."""
     for ratio in np.linspace(0.3, 0.99, 12):
-        kept = select_row(selector(14, 14, ratio=float(ratio), round_to=3), np.full(28, value))
+        kept = select_row(selector(14, 14, requested=float(ratio), round_to=3), np.full(28, value))
         for part in np.split(kept, 2):
             assert part.sum() in allowed_widths(14, unit=5, round_to=3, max_removal=0.9)
             assert part.tolist() == sorted(part.tolist(), reverse=True)
@@ -137,39 +137,39 @@ def test_rounding_of_a_mean_does_not_reorder_equal_blocks(value):
 
 def test_an_unreachable_budget_says_what_is_reachable_and_what_to_do():
     with pytest.raises(BudgetError) as caught:
-        selector(10, 20, ratio=0.05, round_to=2)
+        selector(10, 20, requested=0.05, round_to=2)
     # the narrowest: 2 of 10 and 2 of 20 channels, 4 / 30 = 0.13333...
     assert str(caught.value) == (
         "budget.channel_ratio: got 0.05; the best reachable is 0.1334 (with round_to = 2, max_removal = 0.9 and 2 groups "
         "that can be pruned); ask for that or more, lower budget.round_to, or raise budget.max_removal"
     )
-    assert selector(10, 20, ratio=0.1334, round_to=2).requested == 0.1334
+    assert selector(10, 20, requested=0.1334, round_to=2).budget.requested == 0.1334
 
 
 def test_the_best_reachable_value_itself_is_reachable():
-    assert select(selector(10, ratio=0.1), scores(g0=[0.5] * 10)).mask.widths() == {"g0": 1}
-    assert select(selector(30, ratio=0.3, max_removal=0.7), scores(g0=[0.5] * 30)).mask.widths() == {"g0": 9}
+    assert select(selector(10, requested=0.1), scores(g0=[0.5] * 10)).mask.widths() == {"g0": 1}
+    assert select(selector(30, requested=0.3, max_removal=0.7), scores(g0=[0.5] * 30)).mask.widths() == {"g0": 9}
 
 
 def test_without_groups_only_a_ratio_of_one_can_be_met():
     with pytest.raises(BudgetError) as caught:
-        selector(ratio=0.5)
+        selector(requested=0.5)
     assert str(caught.value) == (
         "budget.channel_ratio: got 0.5; the best reachable is 1, as nothing can be removed: no channel group is exact; "
         "`vpdeploy inspect` gives the reasons"
     )
-    empty = select(selector(ratio=1.0), {})
+    empty = select(selector(requested=1.0), {})
     assert empty.mask.keep == {} and empty.reached == 1
 
 
 def test_removing_nothing_below_one_is_an_error():
     almost = 1 - 1e-13  # what is left of 1 when rounding is forgiven
     with pytest.raises(SurgeryError, match="nothing was removed, though budget.channel_ratio is 1"):
-        select(selector(4, ratio=almost), scores(g0=[1.0] * 4))
+        select(selector(4, requested=almost), scores(g0=[1.0] * 4))
     with pytest.raises(BudgetError, match="the best reachable is 1 "):
-        selector(1, 1, ratio=0.9)  # groups of one channel cannot shrink
+        selector(1, 1, requested=0.9)  # groups of one channel cannot shrink
 
 
 def test_a_ratio_of_one_keeps_everything():
-    whole = select(selector(5, 7, ratio=1.0, round_to=4), scores(g0=[0.0] * 5, g1=[-1.0] * 7))
+    whole = select(selector(5, 7, requested=1.0, round_to=4), scores(g0=[0.0] * 5, g1=[-1.0] * 7))
     assert whole.mask.keep == {"g0": (True,) * 5, "g1": (True,) * 7} and whole.reached == 1

@@ -222,11 +222,11 @@ def test_every_steps_mask_is_under_the_budget(watched: Watched, tmp_path: Path, 
     settled = recipe(budget={"macs_ratio": None, kind: 0.6, "round_to": 2}, search__score_lr=score_lr)
     task = tiny.task(tiny.network(), settled)
     searched(task, tmp_path, settled)
-    selector, dense = task.selector, task.selector.evaluate(task.selector.cost.dense_widths)
+    bound, selector = task.selector.budget, task.selector
     assert len(watched.masks) >= 8
     for mask in watched.masks:
         widths = np.bincount(selector.group_of[mask], minlength=len(task.groups)).astype(float)
-        assert selector.evaluate(widths) <= 0.6 * dense * (1 + 1e-12)
+        assert bound.cost(widths) <= 0.6 * bound.dense * (1 + 1e-12)
         assert widths.min() >= 1
     assert len({mask.tobytes() for mask in watched.masks}) > 1  # and it follows the scores
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from numpy.typing import NDArray
 
-from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject
+from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, only_device, only_fp32
 from vpdeploy.recipe.tables import EngineName
 
 ENGINES: tuple[str, ...] = get_args(EngineName)
@@ -17,7 +17,10 @@ ENGINES: tuple[str, ...] = get_args(EngineName)
 def check_engine(setting: Setting) -> None:
     """Raises: EngineError when ``setting`` cannot be had here; nothing is opened."""
     family = _family(setting.engine)
-    if family == "onnxruntime":
+    if setting.engine == "onnxruntime-cpu":  # which is always here
+        only_fp32(setting)
+        only_device(setting, "cpu")
+    elif family == "onnxruntime":
         from vpdeploy.measure.engines.onnxruntime_engine import check_onnxruntime
 
         check_onnxruntime(setting)

@@ -1,0 +1,180 @@
+"""Budgets against what is measured later: is the time, the file, the memory what was asked for?
+
+    uv run python benchmarks/budgets.py [NETWORK...] [--engines onnxruntime-cpu,openvino-cpu]
+
+Random weights, 224 pixels, exact groups alone, 1 thread, batch 1, float form. For each network and engine:
+
+- the satisfiability table and what it took;
+- how far the fitted sum is from the times of six networks of random widths that it was not fitted on;
+- latency_ratio = 0.5: a mask of magnitude scores is settled, cut in torch, exported in earnest and, after everything else,
+  measured in turns with the dense file by a session of its own.
+
+And of the first network on ONNX Runtime file_mib and memory_mib at half of what the dense one has: the figures of the exported
+file, and what the next mask in the order of the scores would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from side_by_side import print_machine
+from speed import recipe_of
+
+from vpdeploy import pipeline, pricing
+from vpdeploy.candidates import Candidates
+from vpdeploy.measure.engines import Setting, Subject
+from vpdeploy.measure.factors import latency_factor
+from vpdeploy.measure.inputs import random_images
+from vpdeploy.measure.latency import measure_latency
+from vpdeploy.measure.memory import measure_memory
+from vpdeploy.progress import Display
+from vpdeploy.recipe.tables import Recipe, TargetTable
+from vpdeploy.scoring.criteria.magnitude import magnitude
+from vpdeploy.scoring.select import Selector, select
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.groups import example_input
+from vpdeploy.surgery.plan import plan
+from vpdeploy.surgery.shapes import shapes_of
+from vpdeploy.surgery.trace import look
+from vpdeploy.values import ChannelGroups, ChannelMask, Price, Selection
+from vpdeploy.workbench import Workbench, open_workbench
+
+NETWORKS = ("resnet50", "resnet18", "mobilenet_v2")
+ENGINES = ("onnxruntime-cpu", "openvino-cpu")
+
+
+class Case:
+    """One network under one budget: priced, its scores, its mask."""
+
+    def __init__(self, name: str, folder: Path, budget: dict[str, float], engine: str):
+        recipe = recipe_of(name, folder, speed=False, **budget)
+        recipe = recipe.model_copy(update={"target": TargetTable(engine=engine)})
+        label = "-".join([name, engine, *budget])
+        self.recipe: Recipe = recipe
+        self.work: Workbench = open_workbench(recipe, folder / label, redo=None, display=Display(quiet=True))
+        self.groups: ChannelGroups = pipeline.grouped(self.work)
+        self.price: Price = pipeline.priced(self.work, self.groups)
+        self.selector: Selector = pricing.selector_for(self.work, self.groups, self.price)
+        found = magnitude(self.work.built.backbone, self.groups.prunable)
+        self.scores = {root: scores.double().numpy() for root, scores in found.items()}
+        files = folder / f"{label}-files"
+        files.mkdir()
+        self.files = Candidates(self.work, self.groups, files, form="float", prompted=False)
+
+    def settled(self) -> Selection:
+        return pricing.settle(self.selector, self.scores, self.work, self.groups, arm="pruned")
+
+    def exported(self, mask: ChannelMask, name: str) -> Path:
+        """The real thing: cut in torch, exported by torch."""
+        path = self.files.folder / f"{name}.onnx"
+        self.files.export(cut(self.files.backbone, plan(self.files.backbone, self.groups.prunable, mask)), path)
+        return path
+
+    def errors(self) -> Iterator[float]:
+        """Predicted over measured, of widths that were not fitted."""
+        shapes = shapes_of(
+            look(self.work.built.backbone, example_input(224, batch=1)), self.work.built.backbone, self.groups.prunable
+        )
+        cost, generator = shapes.sum_of(self.price.costs["latency_ms"]), np.random.default_rng(1)
+        rows = []
+        for share in (0.3, 0.3, 0.5, 0.5, 0.7, 0.7):
+            row = [
+                min(
+                    pricing._allowed(g, self.recipe, self.price.round_to),
+                    key=lambda w, s=wanted, g=g: abs(w - s * g.width),
+                )
+                for g, wanted in zip(
+                    self.groups.prunable,
+                    generator.uniform(share - 0.25, share + 0.25, len(self.groups.prunable)),
+                    strict=True,
+                )
+            ]
+            rows.append(np.array(row, float))
+        timed = later({str(i): self.files.subject(row) for i, row in enumerate(rows)}, self.recipe.target.engine)
+        yield from (cost.at(row) / timed[str(i)].p50_ms for i, row in enumerate(rows))
+
+
+def later(subjects: dict[str, Subject], engine: str):
+    images = random_images("float", (3, 224, 224), batch=1, seed=11)
+    return measure_latency(subjects, images, form="float", setting=Setting(engine), seconds=1.5).latencies
+
+
+def print_latency(cases: dict[tuple[str, str], tuple[Case, Selection, Path]]) -> None:
+    print(
+        "\n| network | engine | table, s | fitted / measured, six unseen | settled at | measured later | of the target |"
+    )
+    print("|---|---|---:|---|---:|---:|---:|")
+    for (name, engine), (case, selection, path) in cases.items():
+        timed = later({"dense": Subject(case.files.dense_without_prompt()), "pruned": Subject(path)}, engine)
+        found = latency_factor(timed["dense"], timed["pruned"], seed=0)
+        low, high = (1 / bound for bound in reversed(found.interval))
+        errors = list(case.errors())
+        unseen = f"{min(errors):.3f} to {max(errors):.3f}"
+        print(
+            f"| {name} | {engine} | {case.price.table_seconds:.1f} | {unseen} | {selection.reached:.3f} "
+            f"| {1 / found.factor:.3f} ({low:.3f} to {high:.3f}) | {100 * (1 / found.factor / 0.5 - 1):+.1f} % |",
+            flush=True,
+        )
+
+
+def next_mask(case: Case, selection: Selection, kind: str) -> ChannelMask:
+    """The smallest mask above ``selection`` that the selection under a larger limit gives."""
+    limit = case.selector.budget.limit
+    widths = np.array([sum(keep) for keep in selection.mask.keep.values()], float)
+    limit = max(case.selector.budget.cost(widths), 1e-12)
+    step = 1e-5
+    while True:
+        made = select(case.selector.limited(kind, limit * (1 + step)), case.scores).mask
+        wider = np.array([sum(keep) for keep in made.keep.values()], float)
+        if case.selector.budget.cost(wider) > case.selector.budget.cost(widths):
+            return made
+        step *= 2
+
+
+def peak(path: Path) -> float:
+    rows = [measure_memory(path, form="float", image_shape=(3, 224, 224), batch=1, threads=1) for _ in range(3)]
+    return max(row.peak_rss_mib for row in rows if row is not None)
+
+
+def print_amounts(name: str, folder: Path) -> None:
+    print("\n| network | budget | asked | the exported file | the next mask |")
+    print("|---|---|---:|---:|---:|")
+    dense = None
+    for kind in ("file_mib", "memory_mib"):
+        if dense is None:
+            dense = {row.quantity: row.dense for row in Case(name, folder, {"macs_ratio": 0.5}, ENGINES[0]).price.table}
+        asked = round(0.6 * dense[kind], 2)
+        case = Case(name, folder, {kind: asked}, ENGINES[0])
+        selection = case.settled()
+        path, above = case.exported(selection.mask, "settled"), case.exported(next_mask(case, selection, kind), "next")
+        measure = peak if kind == "memory_mib" else lambda p: p.stat().st_size / 2**20
+        print(f"| {name} | {kind} | {asked:g} | {measure(path):.3f} | {measure(above):.3f} |", flush=True)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=ENGINES)
+    args = parser.parse_args()
+    print_machine()
+    with tempfile.TemporaryDirectory() as root:
+        cases = {}
+        for name in args.networks:
+            for engine in args.engines:
+                case = Case(name, Path(root), {"latency_ratio": 0.5}, engine)
+                if engine == args.engines[0]:
+                    print(f"\n{name}:\n{pricing.reach_text(case.price)}", flush=True)
+                selection = case.settled()
+                cases[name, engine] = case, selection, case.exported(selection.mask, "settled")
+        print_latency(cases)
+        print_amounts(args.networks[0], Path(root))
+
+
+if __name__ == "__main__":
+    main()

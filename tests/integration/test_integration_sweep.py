@@ -1,0 +1,104 @@
+"""One search cut at several budgets: what it leaves, what it shares, and each point again by its own command."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from integration.command_line import QUICKSTART, SMOKE, Done, here, settings
+
+from vpdeploy import run_folder
+from vpdeploy.values import Report, Sweep
+
+pytestmark = pytest.mark.xdist_group("sweep")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Path, Done]:
+    folder = tmp_path_factory.mktemp("sweep") / "points"
+    capture = pytest.MonkeyPatch()
+    capture.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    return folder, run_sweep(folder, "--macs-ratio", "0.7,0.4")
+
+
+def run_sweep(folder: Path, *amounts: str) -> Done:
+    from integration.command_line import fresh
+
+    return fresh("sweep", str(QUICKSTART), "-o", str(folder), *settings(SMOKE), *amounts)
+
+
+def test_a_sweep_searches_once_and_cuts_at_every_budget(swept):
+    folder, done = swept
+    assert done.status == 0, done.err
+    assert sum("search:pruned  epoch" in line for line in done.err.splitlines()) == 2  # two epochs, of one search
+    assert sum("tune:dense  epoch" in line for line in done.err.splitlines()) == 2  # the dense arm is shared, too
+    found = (folder / "search" / "found.safetensors").read_bytes()
+    for name, most in (("macs_ratio-0.7", 0.7), ("macs_ratio-0.4", 0.4)):
+        assert (folder / name / "found.safetensors").read_bytes() == found
+        certificate = run_folder.read_value(folder / name / "report.json", Report).certificates["pruned"]
+        assert certificate.reached <= certificate.requested == most
+
+
+def test_its_page_holds_every_point_the_front_and_the_commands(swept):
+    folder, done = swept
+    made = run_folder.read_value(folder / "sweep.json", Sweep)
+    dense, first, second = made.points
+    assert (dense.budget, first.requested, second.requested) == ("", 0.7, 0.4)
+    assert dense.macs > first.macs > second.macs and dense.file_bytes > first.file_bytes > second.file_bytes
+    assert "macs" in second.front  # the cheapest is always on its front
+    page = (folder / "sweep.html").read_text()
+    for point in (first, second):
+        assert point.command in done.out and f"{point.run}/report.html" in page
+        assert (folder / point.run / "report.html").is_file()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "macs\\_ratio 0.7" in (folder / "sweep.md").read_text()
+
+
+def test_the_same_sweep_again_trains_nothing(swept):
+    folder, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    done = run_sweep(folder, "--macs-ratio", "0.7,0.4")
+    assert done.status == 0, done.err
+    assert "epoch" not in done.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+
+
+def test_a_point_comes_again_by_its_command(swept, tmp_path, capsys):
+    folder, _ = swept
+    point = run_folder.read_value(folder / "sweep.json", Sweep).points[2]
+    words = shlex.split(point.command)[1:]
+    words[words.index("-o") + 1] = str(tmp_path / "again")
+    done = here(capsys, *words)
+    assert done.status == 0, done.err
+    for name in ("pruned.safetensors", "plan.json", "export/pruned.onnx"):
+        if name.endswith(".onnx"):  # whose metadata hold the recipe's hash, and so the folder of what was found
+            continue
+        assert (tmp_path / "again" / name).read_bytes() == (folder / point.run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ([], 2, "got no budget; expected one, such as --macs-ratio 0.7,0.5,0.3"),
+        (["--macs-ratio", "0.5", "--latency-ms", "3"], 2, "got macs_ratio and latency_ms; expected one"),
+        (["--macs-ratio", "half"], 2, "--macs-ratio: got 'half'; expected numbers"),
+        (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 1.5; expected above 0 and at most 1"),
+        (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 0.5 twice; expected each once"),
+    ],
+)
+def test_wrong_budgets_are_told(capsys, tmp_path, words, status, told):
+    done = here(capsys, "sweep", QUICKSTART, "-o", tmp_path / "none", *words)
+    assert done.status == status and told in " ".join(done.err.replace("│", " ").split())
+    assert not (tmp_path / "none").exists()
+
+
+def test_scores_of_another_network_are_refused(swept, tmp_path, capsys):
+    folder, _ = swept
+    found = folder / "search" / "found.safetensors"
+    more = settings([f"search.found={found}", "model.name=cifar_resnet14"])
+    done = here(capsys, "prune", QUICKSTART, "-o", tmp_path / "other", *settings(SMOKE), *more)
+    assert done.status == 1 and f"search.found: {found} is of another network" in done.err
+    more = settings([f"search.found={tmp_path / 'none.safetensors'}"])
+    done = here(capsys, "prune", QUICKSTART, "-o", tmp_path / "other2", *settings(SMOKE), *more)
+    assert done.status == 1 and "search.found: no such file" in done.err
