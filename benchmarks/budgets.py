@@ -53,7 +53,7 @@ class Case:
 
     def __init__(self, name: str, folder: Path, budget: dict[str, float], engine: str):
         recipe = recipe_of(name, folder, speed=False, **budget)
-        recipe = recipe.model_copy(update={"target": TargetTable(engine=engine)})
+        recipe = recipe.model_copy(update={"target": TargetTable.model_validate({"engine": engine})})
         label = "-".join([name, engine, *budget])
         self.recipe: Recipe = recipe
         self.work: Workbench = open_workbench(recipe, folder / label, redo=None, display=Display(quiet=True))

@@ -18,7 +18,7 @@ import numpy as np
 
 from vpdeploy import run_folder
 from vpdeploy.candidates import Candidates, is_prompted, target_text
-from vpdeploy.errors import BudgetError, RunFolderError
+from vpdeploy.errors import BudgetError, RunFolderError, VpdeployError
 from vpdeploy.measure.arms import image_shape
 from vpdeploy.measure.cost_fit import fit_layers, fit_whole, non_negative
 from vpdeploy.measure.engines import Setting, Subject, check_engine
@@ -53,87 +53,113 @@ MEMORY_RUNS = 3  # of which the largest counts: resident memory differs from pro
 # --- the price stage ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Network:
+    """What widths are of: a recipe's groups, and what formulas tell of any widths."""
+
+    recipe: Recipe
+    groups: ChannelGroups
+    shapes: Shapes
+    cost: CostModel
+
+    @staticmethod
+    def of(work: Workbench, groups: ChannelGroups) -> _Network:
+        backbone, prunable = work.built.backbone, groups.prunable
+        seen = look(backbone, example_input(work.recipe.input.canvas, batch=1))
+        return _Network(work.recipe, groups, shapes_of(seen, backbone, prunable), cost_of(seen, backbone, prunable))
+
+    def narrowest(self, round_to: int) -> Array:
+        return np.array([_allowed(group, self.recipe, round_to)[0] for group in self.groups.prunable], float)
+
+
 def price(work: Workbench, groups: ChannelGroups) -> Price:
-    """Export the network as it is, measure it at a few widths, and learn what any widths cost.
+    """Export the network as it is, measure it at a few widths, and learn what any widths cost. Where that fails, and no budget
+    asks for it, the other quantities are told alone.
 
     Raises: ModelError for a network that cannot be exported; EngineError for a target that is not here; BudgetError with the
     best reachable value.
     """
-    began, recipe = time.perf_counter(), work.recipe
+    began, recipe, network = time.perf_counter(), work.recipe, _Network.of(work, groups)
     setting = setting_of(recipe.target)
     check_engine(setting)
-    seen = look(work.built.backbone, example_input(recipe.input.canvas, batch=1))
-    shapes = shapes_of(seen, work.built.backbone, groups.prunable)
-    cost = cost_of(seen, work.built.backbone, groups.prunable)
     with _candidates(work, groups) as candidates:
         target = _Target(candidates, setting, _image_shape(recipe))
-        narrowest = np.array([_allowed(group, recipe, 1)[0] for group in groups.prunable], float)
-        candidates.check(narrowest)
-        alignment: dict[str, float] = {}
-        round_to = recipe.budget.round_to
-        if round_to == "auto":
-            alignment = _alignment(target, groups.prunable, cost, recipe=recipe)
-            round_to = next(int(k) for k, speed in alignment.items() if speed >= NEARLY_BEST)
-        widths = _mixed(groups.prunable, recipe, round_to)
-        measured = _Measured.of(target, widths, memory="memory_mib" in recipe.budget.measured)
-        costs = {
-            "latency_ms": measured.latency_terms(shapes),
-            "file_mib": _file_terms(work, groups, candidates, shapes),
-        }
-        dense = {"latency_ms": measured.dense_ms}
-        dense["file_mib"] = shapes.sum_of(costs["file_mib"]).at(cost.dense_widths)
-        if measured.memory is not None:
-            costs["memory_mib"] = measured.memory_terms(shapes, costs["file_mib"])
-            dense["memory_mib"] = measured.memory[-1]
+        candidates.check(network.narrowest(1))
+        round_to, alignment = _multiple(target, network)
+        files = _file_terms(work, groups, candidates, network.shapes)
         made = Price(
             round_to=round_to,
-            costs=costs,
-            dense=dense,
+            costs={"file_mib": files},
+            dense={"file_mib": network.shapes.sum_of(files).at(network.cost.dense_widths)},
             limits={},
             alignment=alignment,
             table=(),
             target=target_text(recipe),
-            conditions=measured.conditions,
+            conditions=None,
             machine=machine(),
         )
-        made = replace(made, table=_table(made, measured, cost, shapes, widths[0], recipe=recipe))
+        try:
+            made = _with_measured(made, target, network)
+        except VpdeployError as e:
+            if recipe.budget.reads_target:
+                raise
+            work.display.say(f"latency and memory of narrower networks cannot be measured: {e}")
+        made = replace(made, table=_table(made, network))
         made = replace(made, table_seconds=round(time.perf_counter() - began, 2))
         work.display.say(reach_text(made))
-        selector = selector_at(made, groups, cost, shapes, recipe=recipe)
+        selector = _selector_at(made, network)
         if recipe.budget.measured:
             made = replace(made, limits=_limits_in_practice(selector, target, made, recipe=recipe))
     return replace(made, seconds=round(time.perf_counter() - began, 2))
 
 
+def _multiple(target: _Target, network: _Network) -> tuple[int, dict[str, float]]:
+    """The width multiple in use, and the speeds that it was chosen by."""
+    given = network.recipe.budget.round_to
+    if given != "auto":
+        return given, {}
+    alignment = _alignment(target, network)
+    return next(int(k) for k, speed in alignment.items() if speed >= NEARLY_BEST), alignment
+
+
+def _with_measured(made: Price, target: _Target, network: _Network) -> Price:
+    """``made`` with what latency and memory cost."""
+    widths = _mixed(network.groups.prunable, network.recipe, made.round_to)
+    measured = _Measured.of(target, widths, memory="memory_mib" in network.recipe.budget.measured)
+    costs = {**made.costs, "latency_ms": measured.latency_terms(network.shapes)}
+    dense = {**made.dense, "latency_ms": measured.dense_ms}
+    least = {"latency_ms": float(measured.ms[0])}
+    if measured.memory is not None:
+        costs["memory_mib"] = measured.memory_terms(network.shapes, costs["file_mib"])
+        dense["memory_mib"], least["memory_mib"] = float(measured.memory[-1]), float(measured.memory[0])
+    return replace(made, costs=costs, dense=dense, least=least, conditions=measured.conditions)
+
+
 def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selector:
     """The recipe's budget over the prunable groups, as ``priced`` on the target."""
-    seen = look(work.built.backbone, example_input(work.recipe.input.canvas, batch=1))
-    shapes = shapes_of(seen, work.built.backbone, groups.prunable)
-    cost = cost_of(seen, work.built.backbone, groups.prunable)
-    selector = selector_at(priced, groups, cost, shapes, recipe=work.recipe)
+    selector = _selector_at(priced, _Network.of(work, groups))
     for kind, limit in priced.limits.items():
         selector = selector.limited(kind, limit)
     return selector
 
 
-def selector_at(priced: Price, groups: ChannelGroups, cost: CostModel, shapes: Shapes, *, recipe: Recipe) -> Selector:
+def _selector_at(priced: Price, network: _Network) -> Selector:
     """Selection under the recipe's budget where its costs are as ``priced``."""
-    table = recipe.budget
-    measured = {name: shapes.sum_of(terms) for name, terms in priced.costs.items()}
-    for name in ("memory_mib",):
-        if name in (table.kind, *table.limits.given) and name not in measured:
-            raise BudgetError(f"budget.{name}: memory is not measured here: there is no /proc; expected Linux")
+    table = network.recipe.budget
+    if "memory_mib" in table.measured and "memory_mib" not in priced.costs:
+        raise BudgetError("budget.memory_mib: memory is read from /proc, which is not here; expected Linux")
+    measured = {name: network.shapes.sum_of(terms) for name, terms in priced.costs.items()}
     return build_selector(
-        groups.prunable,
-        replace(cost, measured=measured, dense=priced.dense),
+        network.groups.prunable,
+        replace(network.cost, measured=measured, dense=priced.dense),
         budget=table.kind,
         requested=table.requested,
         round_to=priced.round_to,
         max_removal=table.max_removal,
         limits=table.limits.given,
-        steps=_steps(recipe),
+        steps=_steps(network.recipe),
         speed="latency_ms" if table.speed else None,
-        stops=lambda kind, widths: _stops(kind, widths, priced, groups, shapes),
+        stops=lambda kind, widths: _stops(kind, widths, priced, network),
     )
 
 
@@ -329,13 +355,16 @@ def _file_terms(work: Workbench, groups: ChannelGroups, candidates: Candidates, 
 # --- widths that are fast -------------------------------------------------------------------------------------------
 
 
-def _alignment(target: _Target, groups: Sequence[ChannelGroup], cost: CostModel, *, recipe: Recipe) -> dict[str, float]:
+def _alignment(target: _Target, network: _Network) -> dict[str, float]:
     """Width multiple -> MACs per millisecond relative to the best, of networks at about half the width whose widths are odd
     multiples of it: no better ones by chance. Kept between runs, for the machine, the engine and the layers.
     """
-    rows = {k: np.array([_odd_multiple(group, recipe, k) for group in groups], float) for k in MULTIPLES}
-    about = [machine(), recipe.target.model_dump(), target.image_shape, [row.tolist() for row in rows.values()]]
-    about.append([cost.macs(row) for row in rows.values()])
+    rows = {
+        k: np.array([_odd_multiple(group, network.recipe, k) for group in network.groups.prunable], float)
+        for k in MULTIPLES
+    }
+    about = [machine(), network.recipe.target.model_dump(), target.image_shape, [row.tolist() for row in rows.values()]]
+    about.append([network.cost.macs(row) for row in rows.values()])
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "alignment" / f"{key}.json"
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -343,11 +372,11 @@ def _alignment(target: _Target, groups: Sequence[ChannelGroup], cost: CostModel,
         if list(speeds) == [str(k) for k in MULTIPLES] and all(0 < float(speed) <= 1 for speed in speeds.values()):
             return {k: float(speed) for k, speed in speeds.items()}
     times = target.times({str(k): target.candidates.subject(row) for k, row in rows.items()})
-    rates = {str(k): cost.macs(row) / times[str(k)] for k, row in rows.items()}
+    rates = {str(k): network.cost.macs(row) / times[str(k)] for k, row in rows.items()}
     speeds = {k: round(rate / max(rates.values()), 4) for k, rate in rates.items()}
     with suppress(RunFolderError, OSError):  # a home that cannot be written to: it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, {"speeds": speeds, "target": target_text(recipe), "machine": machine()})
+        run_folder.write_json(path, {"speeds": speeds, "target": target_text(network.recipe), "machine": machine()})
     return speeds
 
 
@@ -367,24 +396,20 @@ def cache_folder() -> Path:
 # --- what can be reached --------------------------------------------------------------------------------------------
 
 
-def _table(
-    priced: Price, measured: _Measured, cost: CostModel, shapes: Shapes, narrowest: Array, *, recipe: Recipe
-) -> tuple[Reach, ...]:
-    budget = recipe.budget
-    amounts = budget.limits.given
+def _table(priced: Price, network: _Network) -> tuple[Reach, ...]:
+    budget, cost = network.recipe.budget, network.cost
+    amounts, narrowest = budget.limits.given, network.narrowest(priced.round_to)
     if not is_ratio(budget.kind):
         amounts[budget.kind] = budget.requested
     asked = {"channel_ratio": "channels", "macs_ratio": "macs", "params_ratio": "params", "latency_ratio": "latency_ms"}
-    file = shapes.sum_of(priced.costs["file_mib"])
-    rows = {
-        "channels": (cost.channels(narrowest), cost.channels(cost.dense_widths)),
-        "macs": (cost.macs(narrowest), cost.macs(cost.dense_widths)),
-        "params": (cost.params(narrowest), cost.params(cost.dense_widths)),
-        "file_mib": (file.at(narrowest), priced.dense["file_mib"]),
-        "latency_ms": (float(measured.ms[0]), priced.dense["latency_ms"]),
+    formulas = {
+        "channels": cost.channels,
+        "macs": cost.macs,
+        "params": cost.params,
+        "file_mib": network.shapes.sum_of(priced.costs["file_mib"]).at,
     }
-    if measured.memory is not None:
-        rows["memory_mib"] = (float(measured.memory[0]), float(measured.memory[-1]))
+    rows = {name: (formula(narrowest), formula(cost.dense_widths)) for name, formula in formulas.items()}
+    rows |= {name: (least, priced.dense[name]) for name, least in priced.least.items()}
     of_ratio = asked.get(budget.kind)
     return tuple(
         Reach(name, least, budget.requested * dense if name == of_ratio else amounts.get(name), dense)
@@ -392,7 +417,7 @@ def _table(
     )
 
 
-def _stops(kind: str, widths: Array, priced: Price, groups: ChannelGroups, shapes: Shapes) -> str:
+def _stops(kind: str, widths: Array, priced: Price, network: _Network) -> str:
     """What the cost is made of where widths can get no narrower, largest first."""
     terms = priced.costs.get(quantity_of(kind))
     if terms is None:
@@ -400,7 +425,7 @@ def _stops(kind: str, widths: Array, priced: Price, groups: ChannelGroups, shape
     by_module: dict[str, list[Term]] = {}
     for term in terms:
         by_module.setdefault(term.module, []).append(term)
-    parts = {module: shapes.sum_of(of_it).at(widths) for module, of_it in by_module.items()}
+    parts = {module: network.shapes.sum_of(of_it).at(widths) for module, of_it in by_module.items()}
     total = sum(parts.values())
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     nothing = {
@@ -410,7 +435,7 @@ def _stops(kind: str, widths: Array, priced: Price, groups: ChannelGroups, shape
         "memory_mib": "the runtime itself",
     }[kind]
     told = ", ".join(f"{module or nothing} {value / total:.0%}" for module, value in largest)
-    held = [group.root for group in groups.groups if group.status == "excluded"]
+    held = [group.root for group in network.groups.groups if group.status == "excluded"]
     more = f"; {len(held)} groups are excluded, {held[0]} among them: `vpdeploy inspect` says why" if held else ""
     return f"; there it is made of {told}{more}"
 
@@ -424,13 +449,10 @@ def _limits_in_practice(selector: Selector, target: _Target, priced: Price, *, r
 
     Raises: BudgetError when the narrowest network, as measured, still costs too much.
     """
-    least = {row.quantity: row.smallest for row in priced.table}
-    dense = {row.quantity: row.dense for row in priced.table}
     for bound in selector.bounds:
         name = quantity_of(bound.kind)
-        asked = bound.requested * dense[name] if is_ratio(bound.kind) and name in dense else bound.requested
-        if name in recipe.budget.measured and least[name] > asked:
-            best = least[name] / dense[name] if is_ratio(bound.kind) else least[name]
+        if name in recipe.budget.measured and priced.least[name] > bound.limit:
+            best = priced.least[name] / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
             raise BudgetError(
                 f"budget.{bound.kind}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, "
                 f"with round_to = {priced.round_to} and max_removal = {recipe.budget.max_removal:g}; ask for that or more, lower "

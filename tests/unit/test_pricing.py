@@ -15,7 +15,7 @@ from strategies import group_of
 from vpdeploy import pipeline, pricing
 from vpdeploy.candidates import Candidates
 from vpdeploy.errors import BudgetError
-from vpdeploy.measure.engines import Setting
+from vpdeploy.measure.engines import EngineError, Setting
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.scoring.select import build_selector, prices
@@ -119,6 +119,20 @@ def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
         priced(workbench(tmp_path, {"latency_ratio": 0.01}))
     assert "what is no layer (sums, pools, layouts)" in str(caught.value)
     assert "lower budget.round_to, or raise budget.max_removal" in str(caught.value)
+
+
+def test_a_network_whose_narrower_ones_do_not_run_still_goes_the_road(tmp_path, monkeypatch):
+    """Unless a budget needs the times."""
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise EngineError("engine onnxruntime-cpu: does not run it")
+
+    monkeypatch.setattr(pricing._Measured, "of", fails)
+    found = priced(workbench(tmp_path, {"macs_ratio": 0.5}))
+    assert [row.quantity for row in found.table] == ["channels", "macs", "params", "file_mib"]
+    assert found.conditions is None and pricing.reach_text(found)
+    with pytest.raises(EngineError):
+        priced(workbench(tmp_path / "timed", {"latency_ratio": 0.5}))
 
 
 def test_a_budget_of_another_machine_is_told(tmp_path, monkeypatch):

@@ -128,8 +128,10 @@ def reach(price: Price, arm: Measurement | None = None) -> Sheet:
 
 
 def _came_to(arm: Measurement, price: Price) -> dict[str, float]:
-    at = price.conditions
     found = {"macs": float(arm.macs), "params": float(arm.params), "file_mib": max(arm.file_bytes.values()) / 2**20}
+    at = price.conditions
+    if at is None:
+        return found
     time = latency_at(arm, at)
     if time is not None:
         found["latency_ms"] = time.p50_ms

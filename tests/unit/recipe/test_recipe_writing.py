@@ -89,6 +89,7 @@ def other(key: str, value: object) -> object:
         "target.engine": "torch-eager",
         "target.device": "cpu",
         "target.form": "uint8",
+        "target.precision": "bf16",
         **LIMITS,
     }.get(key, "another")
 
