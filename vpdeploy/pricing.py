@@ -109,7 +109,7 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
         work.display.say(reach_text(made))
         selector = _selector_at(made, network)
         if recipe.budget.measured:
-            made = replace(made, limits=_limits_in_practice(selector, target, made, recipe=recipe))
+            made = replace(made, limits=_limits_in_practice(selector, target, made, network))
     return replace(made, seconds=round(time.perf_counter() - began, 2))
 
 
@@ -443,7 +443,7 @@ def _stops(kind: str, widths: Array, priced: Price, network: _Network) -> str:
 # --- budgets that only measuring can meet ---------------------------------------------------------------------------
 
 
-def _limits_in_practice(selector: Selector, target: _Target, priced: Price, *, recipe: Recipe) -> dict[str, float]:
+def _limits_in_practice(selector: Selector, target: _Target, priced: Price, network: _Network) -> dict[str, float]:
     """What the sums may be so that masks meet the budget as measured, from masks of random scores: a search then learns under a
     limit that is near the one that it will have to meet.
 
@@ -451,20 +451,23 @@ def _limits_in_practice(selector: Selector, target: _Target, priced: Price, *, r
     """
     for bound in selector.bounds:
         name = quantity_of(bound.kind)
-        if name in recipe.budget.measured and priced.least[name] > bound.limit:
+        if bound.kind in MEASURED and priced.least[name] > bound.limit:
+            key = f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
             best = priced.least[name] / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
             raise BudgetError(
-                f"budget.{bound.kind}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, "
-                f"with round_to = {priced.round_to} and max_removal = {recipe.budget.max_removal:g}; ask for that or more, lower "
-                "budget.round_to, or raise budget.max_removal"
+                f"{key}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, with round_to = "
+                f"{priced.round_to} and max_removal = {network.recipe.budget.max_removal:g}"
+                f"{_stops(bound.kind, selector.least_widths, priced, network)}; ask for that or more, lower budget.round_to, or "
+                "raise budget.max_removal"
             )
     generator = np.random.default_rng(0)
     scores = {
         root: generator.random(int(width)) for root, width in zip(selector.roots, selector.dense_widths, strict=True)
     }
     settling = _Settling(target, selector, scores, lambda line: None)
-    settling.done(tries=TRIES)
-    return {kind: bracket.met or bracket.limit for kind, bracket in settling.brackets.items()}
+    with suppress(BudgetError):  # the narrowest network meets it, as was seen above: what is lacking is a quiet machine
+        settling.done(tries=TRIES)
+    return settling.limits or {kind: bracket.limit for kind, bracket in settling.brackets.items()}
 
 
 @dataclass
@@ -490,6 +493,8 @@ class _Bracket:
             self.missed = min(self.limit, self.missed or self.limit)
         else:
             self.met = max(self.limit, self.met or 0.0)
+        if self.met is not None and self.missed is not None and self.met >= self.missed:  # noise: the newer one counts
+            self.met, self.missed = (None, self.limit) if found > self.requested else (self.limit, None)
         wanted = self.limit * self.requested / found * (1.0 if self.exact else AIM)
         if self.met is None or self.missed is None:
             self.limit = wanted * (1.0 if not self.exact else 1.01 if self.missed is None else 0.99)
@@ -508,6 +513,7 @@ class _Settling:
             for bound in selector.bounds
             if bound.kind in MEASURED
         }
+        self.limits: dict[str, float] = {}  # of the largest mask that met everything
 
     def done(self, *, tries: int | None = None) -> Selection:
         """The largest mask found that meets everything.
@@ -524,7 +530,7 @@ class _Settling:
             )
             over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.requested]
             if not over and (best is None or _size(selection) >= _size(best[0])):
-                best = selection, found
+                best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
             near = all(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
             if not over and (near or self._is_free(selection)):
                 break

@@ -67,6 +67,14 @@ FORMS = "expected a built-in network, 'torchvision:NAME', 'timm:NAME', 'path/to/
 # values -> the one problem, or how it begins ("...")
 CASES = [
     ("data.name=digitz", f"data.name: got 'digitz'; expected one of {SETS}; did you mean 'digits'?"),
+    (
+        "target.engine=onnxruntime-tensorrt",
+        "target.engine onnxruntime-tensorrt: this ONNX Runtime (...",
+    ),
+    (
+        "target.device=cuda:0",
+        "target.engine onnxruntime-cpu: got device 'cuda:0'; expected 'cpu', or none",
+    ),
     ("data.name=x", f"data.name: got 'x'; expected one of {SETS}; choose one of them"),
     (
         "model.name=cifar_resnet21",

@@ -313,3 +313,15 @@ def test_conditions_of_a_price_are_those_that_were_timed(tmp_path):
     found = priced(workbench(tmp_path, {"macs_ratio": 0.5}, target={"threads": 2, "batch": 3, "form": "uint8"}))
     assert found.conditions == Conditions("onnxruntime-cpu", "cpu", "fp32", "uint8", 2, 3)
     assert found.target == "onnxruntime-cpu, 2 threads, batch 3, uint8 form"
+
+
+def test_a_bracket_that_noise_has_turned_over_begins_again():
+    bracket = pricing._Bracket(requested=1.0, limit=10.0, exact=False)
+    bracket.move(0.8)
+    assert bracket.met == 10.0 and bracket.limit > 10.0
+    bracket.limit = 9.0  # a smaller one that was then missed
+    bracket.move(1.1)
+    assert (bracket.met, bracket.missed) == (None, 9.0) and bracket.limit < 9.0
+    bracket.limit = 9.5  # and a larger one that was met
+    bracket.move(0.9)
+    assert (bracket.met, bracket.missed) == (9.5, None) and bracket.limit > 9.5
