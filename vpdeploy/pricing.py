@@ -24,7 +24,7 @@ from vpdeploy.measure.cost_fit import fit_layers, fit_whole, non_negative
 from vpdeploy.measure.engines import Setting, Subject, check_engine
 from vpdeploy.measure.environment import machine
 from vpdeploy.measure.inputs import random_images
-from vpdeploy.measure.latency import measure_latency
+from vpdeploy.measure.latency import QUICK, REPORTED, measure_latency
 from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
 from vpdeploy.measure.settings import setting_of
@@ -42,6 +42,7 @@ MIXED = 6  # networks between the narrowest and the dense one from which times a
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 NEARLY_BEST = 0.95  # of the best multiple's speed: the smallest that has it leaves the most choice
 MIB = 2**20
+GLANCE = 0.02  # seconds of each of many networks, and a few rounds: the fit takes the mean of them
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 NEAR = 0.03  # and no further below is looked for
 TRIES, MEMORY_TRIES = 8, 14
@@ -243,18 +244,18 @@ class _Target:
     def images(self) -> Any:
         return random_images(self.candidates.form, self.image_shape, batch=self.setting.batch, seed=0)
 
-    def times(self, subjects: Mapping[str, Subject], *, seconds: float = 0.0) -> dict[str, float]:
+    def times(self, subjects: Mapping[str, Subject], *, seconds: float = GLANCE) -> dict[str, float]:
         """Median milliseconds of each, in the same rounds."""
         return {name: row.p50_ms for name, row in self.timed(subjects, seconds=seconds).items()}
 
-    def timed(self, subjects: Mapping[str, Subject], *, seconds: float = 0.0) -> Mapping[str, Latency]:
+    def timed(self, subjects: Mapping[str, Subject], *, seconds: float = GLANCE) -> Mapping[str, Latency]:
         return measure_latency(
             subjects,
             self.images(),
             form=self.candidates.form,
             setting=self.setting,
             seconds=seconds,
-            window=0.2 if seconds else 0.05,
+            pace=QUICK if seconds == GLANCE else REPORTED,
         ).latencies
 
     def against_dense(self, widths: Array, *, seconds: float = 1.0) -> tuple[float, float]:

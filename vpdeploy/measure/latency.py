@@ -16,9 +16,20 @@ from vpdeploy.values import Conditions, Latency
 
 Clock = Callable[[], int]  # nanoseconds
 KEPT_ROUNDS = 2000
-MIN_ROUNDS = 20
-WINDOW = 0.2  # seconds
 STEADY = 0.15  # a machine whose clock sinks, or that gets a neighbour, moves by more
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What is measured at least: ``rounds``, after a warm-up in windows of ``window`` seconds and ``runs`` runs."""
+
+    rounds: int = 20
+    window: float = 0.2
+    runs: int = 5
+
+
+REPORTED = Pace()
+QUICK = Pace(rounds=8, window=0.05, runs=2)  # for a first look at many networks
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,9 @@ def measure_latency(
     form: str,
     setting: Setting,
     seconds: float,
-    window: float = WINDOW,
+    pace: Pace = REPORTED,
 ) -> Timed:
-    """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each, after a warm-up in windows of as many
-    seconds.
+    """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each, after a warm-up.
 
     All see the same input, and sample i of each is of the same round: what disturbs the machine disturbs all of them.
 
@@ -50,8 +60,8 @@ def measure_latency(
     for subject in subjects.values():
         check_all_ran_there(subject, images, setting)
     for run in runs.values():
-        warm_up(run, clock=time.perf_counter_ns, window=window)
-    samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns)
+        warm_up(run, clock=time.perf_counter_ns, pace=pace)
+    samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns, pace=pace)
     about = next(iter(sessions.values())).about
     at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
     return Timed({name: summarise(times_ms, at) for name, times_ms in samples.items()}, about)
@@ -71,37 +81,37 @@ def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[],
     return lambda: session.run(inputs)
 
 
-def warm_up(run: Callable[[], object], *, clock: Clock, window: float = WINDOW) -> int:
-    """Run until two successive windows (at least 5 runs and ``window`` seconds each) agree within 10 %, or ten have passed.
+def warm_up(run: Callable[[], object], *, clock: Clock, pace: Pace = REPORTED) -> int:
+    """Run until two successive windows of ``pace`` agree within 10 %, or the time of ten has passed.
 
     Gives the number of runs. The first runs allocate, choose kernels and raise the clock frequency.
     """
     begin, runs, previous = clock(), 0, None
     while True:
         window_begin, window_runs = clock(), 0
-        while window_runs < 5 or clock() - window_begin < window * 1e9:
+        while window_runs < pace.runs or clock() - window_begin < pace.window * 1e9:
             run()
             window_runs += 1
         mean = (clock() - window_begin) / window_runs
         runs += window_runs
         settled = previous is not None and abs(mean - previous) <= 0.1 * previous
-        if settled or clock() - begin >= 10 * window * 1e9:
+        if settled or clock() - begin >= 10 * pace.window * 1e9:
             return runs
         previous = mean
 
 
 def time_rounds(
-    runs: Mapping[str, Callable[[], object]], *, seconds: float, clock: Clock
+    runs: Mapping[str, Callable[[], object]], *, seconds: float, clock: Clock, pace: Pace = REPORTED
 ) -> dict[str, NDArray[np.float64]]:
     """Time every arm once a round, the first arm moving on by one each round; arm -> milliseconds [rounds].
 
-    Stops when each arm has run for ``seconds`` and at least 20 rounds are done. Of more than 2000 rounds, 2000 spread
+    Stops when each arm has run for ``seconds`` and the rounds of ``pace`` are done. Of more than 2000 rounds, 2000 spread
     evenly over the run are kept, the same ones for every arm.
     """
     arms = list(runs)
     times: dict[str, list[int]] = {arm: [] for arm in arms}
     spent = dict.fromkeys(arms, 0)
-    while min(spent.values()) < seconds * 1e9 or len(times[arms[0]]) < MIN_ROUNDS:
+    while min(spent.values()) < seconds * 1e9 or len(times[arms[0]]) < pace.rounds:
         start = len(times[arms[0]]) % len(arms)
         for arm in arms[start:] + arms[:start]:
             begin = clock()
