@@ -25,22 +25,23 @@ import numpy as np
 from side_by_side import print_machine
 from speed import recipe_of
 
-from vpdeploy import pipeline, pricing
-from vpdeploy.candidates import Candidates
+from vpdeploy import pipeline
 from vpdeploy.measure.engines import Setting, Subject
 from vpdeploy.measure.factors import latency_factor
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
+from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.network import Network
+from vpdeploy.pricing.price import selector_for
+from vpdeploy.pricing.reach import reach_text
+from vpdeploy.pricing.settle import settle
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe, TargetTable
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector, select
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.plan import plan
-from vpdeploy.surgery.shapes import shapes_of
-from vpdeploy.surgery.trace import look
 from vpdeploy.values import ChannelGroups, ChannelMask, Price, Selection
 from vpdeploy.workbench import Workbench, open_workbench
 
@@ -59,7 +60,7 @@ class Case:
         self.work: Workbench = open_workbench(recipe, folder / label, redo=None, display=Display(quiet=True))
         self.groups: ChannelGroups = pipeline.grouped(self.work)
         self.price: Price = pipeline.priced(self.work, self.groups)
-        self.selector: Selector = pricing.selector_for(self.work, self.groups, self.price)
+        self.selector: Selector = selector_for(self.work, self.groups, self.price)
         found = magnitude(self.work.built.backbone, self.groups.prunable)
         self.scores = {root: scores.double().numpy() for root, scores in found.items()}
         files = folder / f"{label}-files"
@@ -67,7 +68,7 @@ class Case:
         self.files = Candidates(self.work, self.groups, files, form="float", prompted=False)
 
     def settled(self) -> Selection:
-        return pricing.settle(self.selector, self.scores, self.work, self.groups, arm="pruned")
+        return settle(self.selector, self.scores, self.work, self.groups, arm="pruned")
 
     def exported(self, mask: ChannelMask, name: str) -> Path:
         """The real thing: cut in torch, exported by torch."""
@@ -77,15 +78,13 @@ class Case:
 
     def errors(self) -> Iterator[float]:
         """Predicted over measured, of widths that were not fitted."""
-        shapes = shapes_of(
-            look(self.work.built.backbone, example_input(224, batch=1)), self.work.built.backbone, self.groups.prunable
-        )
-        cost, generator = shapes.sum_of(self.price.costs["latency_ms"]), np.random.default_rng(1)
+        network = Network.of(self.work, self.groups)
+        cost, generator = network.shapes.sum_of(self.price.costs["latency_ms"]), np.random.default_rng(1)
         rows = []
         for share in (0.3, 0.3, 0.5, 0.5, 0.7, 0.7):
             row = [
                 min(
-                    pricing._allowed(g, self.recipe, self.price.round_to),
+                    network.allowed(g, self.price.round_to),
                     key=lambda w, s=wanted, g=g: abs(w - s * g.width),
                 )
                 for g, wanted in zip(
@@ -169,7 +168,7 @@ def main() -> None:
             for engine in args.engines:
                 case = Case(name, Path(root), {"latency_ratio": 0.5}, engine)
                 if engine == args.engines[0]:
-                    print(f"\n{name}:\n{pricing.reach_text(case.price)}", flush=True)
+                    print(f"\n{name}:\n{reach_text(case.price)}", flush=True)
                 selection = case.settled()
                 cases[name, engine] = case, selection, case.exported(selection.mask, "settled")
         print_latency(cases)

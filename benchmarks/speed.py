@@ -30,7 +30,6 @@ from side_by_side import print_machine
 from torch import nn
 
 from vpdeploy import pipeline
-from vpdeploy.candidates import Candidates
 from vpdeploy.measure.arms import image_shape
 from vpdeploy.measure.engines import Setting, Subject
 from vpdeploy.measure.environment import environment
@@ -38,6 +37,8 @@ from vpdeploy.measure.factors import latency_factor
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.macs import count_macs
+from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.price import selector_for
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
@@ -133,7 +134,7 @@ def subjects_of(name: str, folder: Path) -> Iterator[tuple[str, Subject, float]]
             candidates.check(hand_widths(groups.prunable, cost, 0.0, 8))
             yield "dense", candidates.subject(cost.dense_widths), cost.macs(cost.dense_widths)
         assert cost is not None
-        widths = our_widths(pipeline.selector_for(work, groups, priced))
+        widths = our_widths(selector_for(work, groups, priced))
         macs = cost.macs(widths)
         yield f"ours {ratio:g}", candidates.subject(widths), macs
         for round_to in BY_HAND:

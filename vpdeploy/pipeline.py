@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vpdeploy import run_folder
-from vpdeploy.candidates import target_text
 from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.macs import count_macs
-from vpdeploy.pricing import elsewhere, price, selector_for, settle
+from vpdeploy.pricing.candidates import target_text
+from vpdeploy.pricing.price import elsewhere, price, selector_for
+from vpdeploy.pricing.settle import settle
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import bench_table
 from vpdeploy.recipe.tables import Recipe

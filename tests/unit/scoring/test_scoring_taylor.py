@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -44,3 +46,15 @@ def test_gradients_of_opposite_sign_do_not_cancel():
     gradients = [torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([-3.0, 1.0, 0.0, 0.0, 0.0])]
     found = taylor(gradients, GROUPS, selector=selector("channel_ratio"))
     assert found["a"][0] == 2 and found["a"][0] > found["a"][1]
+
+
+def test_importance_is_weighed_against_milliseconds_under_a_budget_of_them():
+    ms = Sum(np.array([np.eye(2), np.zeros((2, 2))]), np.array([[0.0, 0], [1, 1]]), np.array([3.0, 1.0]))
+    macs = Sum(np.array([np.eye(2), np.zeros((2, 2))]), np.array([[0.0, 0], [1, 1]]), np.array([1.0, 2.0]))
+    cost = CostModel(macs, macs, np.array([8.0, 8.0]), {"latency_ms": ms})
+    groups = [group_of("a", 8, unit=1), group_of("b", 8, unit=1)]
+    common: dict[str, Any] = {"requested": 0.5, "round_to": 1, "max_removal": 0.9}
+    assert prices(build_selector(groups, cost, budget="latency_ratio", **common)).tolist() == [3, 1]
+    assert prices(build_selector(groups, cost, budget="macs_ratio", **common)).tolist() == [1, 2]
+    fast = build_selector(groups, cost, budget="macs_ratio", speed="latency_ms", **common)
+    assert prices(fast).tolist() == [9 / 1, 1 / 2]

@@ -1,0 +1,31 @@
+"""Width multiples that are fast on a target: found, chosen and kept."""
+
+from __future__ import annotations
+
+from budgeted import priced, workbench
+
+from vpdeploy.pricing import alignment
+
+
+def test_auto_takes_the_smallest_multiple_that_is_nearly_as_fast_as_the_best(tmp_path, monkeypatch):
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
+    speeds = {"1": 0.4, "2": 0.5, "4": 0.94, "8": 0.96, "16": 1.0, "32": 0.99}
+    monkeypatch.setattr(alignment, "speeds_of", lambda *args, **kwargs: speeds)
+    found = priced(work)
+    assert found.round_to == 8 and found.alignment == speeds
+
+
+def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, monkeypatch):
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
+    first = priced(work)
+    assert list(first.alignment) == ["1", "2", "4", "8", "16", "32"] and max(first.alignment.values()) == 1
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    again = workbench(tmp_path / "again", {"macs_ratio": 0.6, "round_to": "auto"})
+    assert priced(again).alignment == first.alignment
+    kept.write_text("{")  # damaged: measured again
+    assert set(priced(workbench(tmp_path / "third", {"macs_ratio": 0.6, "round_to": "auto"})).alignment) == set(
+        first.alignment
+    )
+    monkeypatch.setattr(alignment, "machine", lambda: {"cpu": "Another CPU"})
+    priced(workbench(tmp_path / "fourth", {"macs_ratio": 0.6, "round_to": "auto"}))
+    assert len([*(tmp_path / "cache").rglob("*.json")]) == 2

@@ -1,0 +1,39 @@
+"""Files that are timed stand for networks that could ship."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from budgeted import workbench
+
+from vpdeploy import pipeline
+from vpdeploy.measure.engines import Setting
+from vpdeploy.pricing.candidates import Candidates
+
+
+def test_a_network_whose_graph_cannot_be_followed_is_exported_each_time(tmp_path):
+    (tmp_path / "heads.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b, self.c = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Linear(24, 10)\n\n"
+        "    def forward(self, x):\n"
+        "        y = torch.relu(self.b(torch.relu(self.a(x))))\n"
+        "        return self.c(y.flatten(2).mean(2))\n"
+    )
+    work = workbench(tmp_path, {"macs_ratio": 0.5}, model={"name": f"{tmp_path / 'heads.py'}:Net"})
+    groups = pipeline.grouped(work)
+    (tmp_path / "files").mkdir()
+    files = Candidates(work, groups, tmp_path / "files", form="float", prompted=True)
+    least = np.array([8.0] * len(groups.prunable))
+    files.check(least)
+    subject = files.subject(least)
+    assert files.graph is None or subject.path is not None
+    assert subject.module is not None
+    images = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
+    from vpdeploy.measure.engines import open_session
+
+    with torch.no_grad():
+        expected = subject.module()(torch.from_numpy(images)).numpy()
+    assert np.allclose(open_session(subject, Setting())(images), expected, rtol=1e-3, atol=1e-5)

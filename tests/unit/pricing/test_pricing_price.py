@@ -1,0 +1,126 @@
+"""What can be reached on a target, and what is refused, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from budgeted import priced, workbench
+
+from vpdeploy import pipeline
+from vpdeploy.errors import BudgetError
+from vpdeploy.measure.engines import EngineError
+from vpdeploy.pricing import price
+from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.price import elsewhere, selector_for
+from vpdeploy.pricing.reach import reach_text
+from vpdeploy.pricing.settle import settle
+from vpdeploy.pricing.target import Measured
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.plan import plan
+from vpdeploy.values import Conditions
+
+
+def test_every_quantity_is_told_from_the_smallest_to_the_dense_one(tmp_path):
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "limits": {"file_mib": 0.2}})
+    found = priced(work)
+    table = {row.quantity: row for row in found.table}
+    expected = ["channels", "macs", "params", "file_mib", "latency_ms"]
+    assert list(table)[:5] == expected and set(table) <= {*expected, "memory_mib"}
+    assert all(0 < row.smallest < row.dense for row in table.values() if row.quantity != "memory_mib")
+    assert table["macs"].requested == 0.5 * table["macs"].dense
+    assert table["file_mib"].requested == 0.2 and table["params"].requested is None
+    assert found.round_to == 8 and found.alignment == {}
+    told = reach_text(found)
+    assert "onnxruntime-cpu, 1 thread, batch 1, float form" in told and "latency, ms" in told
+    assert found.seconds >= found.table_seconds > 0
+
+
+def test_the_size_of_a_file_is_what_the_sum_says(tmp_path):
+    """Of files that are exported in earnest. The sum is never below: a certificate's figures are taken as long as they get."""
+    work = workbench(tmp_path, {"file_mib": 0.2})
+    groups = pipeline.grouped(work)
+    selector = selector_for(work, groups, pipeline.priced(work, groups))
+    generator = np.random.default_rng(0)
+    scores = {root: generator.random(int(w)) for root, w in zip(selector.roots, selector.dense_widths, strict=True)}
+    selection = settle(selector, scores, work, groups, arm="pruned")
+    widths = np.array([sum(keep) for keep in selection.mask.keep.values()], float)
+    assert 0.18 < selection.reached <= 0.2
+    for form in ("float", "uint8"):
+        files = Candidates(work, groups, tmp_path, form=form, prompted=True)
+        small = cut(files.backbone, plan(files.backbone, groups.prunable, selection.mask))
+        files.export(small, tmp_path / "real.onnx")
+        size = (tmp_path / "real.onnx").stat().st_size / 2**20
+        assert size <= selector.budget.cost(widths)
+    assert selector.budget.cost(widths) - size < 0.001  # of the larger form
+    for column in range(len(widths)):  # and no group may take a step more
+        steps = selector.block_width[(selector.block_group == column) & ~selector.must]
+        if widths[column] < selector.dense_widths[column]:
+            wider = widths.copy()
+            wider[column] += steps.min()
+            assert selector.budget.cost(wider) > selector.budget.limit
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ({"latency_ratio": 0.01}, "budget.latency_ratio: got 0.01; the best reachable is 0."),
+        ({"latency_ms": 1e-4}, "budget.latency_ms: got 0.0001; the best reachable is 0."),
+        ({"macs_ratio": 0.5, "limits": {"latency_ms": 1e-4}}, "budget.limits.latency_ms: got 0.0001; the best"),
+        ({"file_mib": 0.001}, "there it is made of "),
+        ({"latency_ms": 1000.0}, "budget.latency_ms: got 1000; the dense network has 0."),
+        (
+            {"file_mib": 50.0},
+            "so that nothing need be removed: ask for less, or give a ratio and this as budget.limits",
+        ),
+    ],
+)
+def test_what_cannot_be_met_is_told_before_any_training(tmp_path, budget, told):
+    with pytest.raises(BudgetError) as caught:
+        priced(workbench(tmp_path, budget))
+    assert told in str(caught.value)
+    assert not (tmp_path / "run" / "source.safetensors").exists()
+
+
+def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
+    with pytest.raises(BudgetError) as caught:
+        priced(workbench(tmp_path, {"latency_ratio": 0.01}))
+    assert "what is no layer (sums, pools, layouts)" in str(caught.value)
+    assert "lower budget.round_to, or raise budget.max_removal" in str(caught.value)
+
+
+def test_a_network_whose_narrower_ones_do_not_run_still_goes_the_road(tmp_path, monkeypatch):
+    """Unless a budget needs the times."""
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise EngineError("engine onnxruntime-cpu: does not run it")
+
+    monkeypatch.setattr(Measured, "of", fails)
+    found = priced(workbench(tmp_path, {"macs_ratio": 0.5}))
+    assert [row.quantity for row in found.table] == ["channels", "macs", "params", "file_mib"]
+    assert found.conditions is None and reach_text(found)
+    with pytest.raises(EngineError):
+        priced(workbench(tmp_path / "timed", {"latency_ratio": 0.5}))
+
+
+def test_a_budget_of_another_machine_is_told(tmp_path, monkeypatch):
+    said: list[str] = []
+    work = workbench(tmp_path, {"latency_ratio": 0.9})
+    found = priced(work)
+    assert elsewhere(found) is None
+    monkeypatch.setattr(price, "machine", lambda: {**found.machine, "cpu": "Another CPU"})
+    other = elsewhere(found)
+    assert other is not None and other.endswith("here Another CPU")
+    heard = replace(work, display=SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+    pipeline.priced(heard, pipeline.grouped(work))
+    assert any(
+        "warning: the budget was measured on another machine" in line and "--redo price" in line for line in said
+    )
+
+
+def test_conditions_of_a_price_are_those_that_were_timed(tmp_path):
+    found = priced(workbench(tmp_path, {"macs_ratio": 0.5}, target={"threads": 2, "batch": 3, "form": "uint8"}))
+    assert found.conditions == Conditions("onnxruntime-cpu", "cpu", "fp32", "uint8", 2, 3)
+    assert found.target == "onnxruntime-cpu, 2 threads, batch 3, uint8 form"

@@ -1,0 +1,47 @@
+"""What widths are of: a recipe's groups, which of their widths are allowed, and what formulas tell of any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.scoring.select import STEPS, allowed_widths
+from vpdeploy.surgery.cost import Array, CostModel, cost_of
+from vpdeploy.surgery.groups import example_input
+from vpdeploy.surgery.shapes import Shapes, shapes_of
+from vpdeploy.surgery.trace import look
+from vpdeploy.values import ChannelGroup, ChannelGroups
+from vpdeploy.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Network:
+    """What widths are of: a recipe's groups, and what formulas tell of any widths."""
+
+    recipe: Recipe
+    groups: ChannelGroups
+    shapes: Shapes
+    cost: CostModel
+
+    @staticmethod
+    def of(work: Workbench, groups: ChannelGroups) -> Network:
+        backbone, prunable = work.built.backbone, groups.prunable
+        seen = look(backbone, example_input(work.recipe.input.canvas, batch=1))
+        return Network(work.recipe, groups, shapes_of(seen, backbone, prunable), cost_of(seen, backbone, prunable))
+
+    def narrowest(self, round_to: int) -> Array:
+        return np.array([self.allowed(group, round_to)[0] for group in self.groups.prunable], float)
+
+    def allowed(self, group: ChannelGroup, round_to: int) -> list[int]:
+        """The widths that ``group`` may have, ascending."""
+        most = self.recipe.budget.max_removal
+        return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=most, steps=self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Of widths that a group must have before it takes smaller ones. Where speed decides the multiple, narrow groups have it
+        too.
+        """
+        return 1 if self.recipe.budget.round_to == "auto" else STEPS

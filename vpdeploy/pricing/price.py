@@ -1,0 +1,151 @@
+"""The price stage: one export, measured at a few widths, tells what any widths cost."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vpdeploy.errors import BudgetError, VpdeployError
+from vpdeploy.measure.engines import check_engine
+from vpdeploy.measure.environment import machine
+from vpdeploy.measure.settings import setting_of
+from vpdeploy.pricing.alignment import multiple_of
+from vpdeploy.pricing.candidates import Candidates, target_text
+from vpdeploy.pricing.network import Network
+from vpdeploy.pricing.reach import reach_text, table_of, what_stops
+from vpdeploy.pricing.settle import limits_in_practice
+from vpdeploy.pricing.target import Measured, Target, opened, shape_of_image
+from vpdeploy.scoring.select import Selector, build_selector
+from vpdeploy.surgery.cost import Array
+from vpdeploy.surgery.shapes import Shapes
+from vpdeploy.values import ChannelGroups, Price, Term
+from vpdeploy.workbench import Workbench
+
+MIB = 2**20
+MIXED = 6  # networks between the narrowest and the dense one from which times are fitted
+
+
+def price(work: Workbench, groups: ChannelGroups) -> Price:
+    """Export the network as it is, measure it at a few widths, and learn what any widths cost. Where that fails, and no budget
+    asks for it, the other quantities are told alone.
+
+    Raises: ModelError for a network that cannot be exported; EngineError for a target that is not here; BudgetError with the
+    best reachable value.
+    """
+    began, recipe, network = time.perf_counter(), work.recipe, Network.of(work, groups)
+    setting = setting_of(recipe.target)
+    check_engine(setting)
+    with opened(work, groups) as candidates:
+        target = Target(candidates, setting, shape_of_image(recipe))
+        candidates.check(network.narrowest(1))
+        round_to, alignment = multiple_of(target, network)
+        files = _file_terms(work, groups, candidates, network.shapes)
+        made = Price(
+            round_to=round_to,
+            costs={"file_mib": files},
+            dense={"file_mib": network.shapes.sum_of(files).at(network.cost.dense_widths)},
+            limits={},
+            alignment=alignment,
+            table=(),
+            target=target_text(recipe),
+            conditions=None,
+            machine=machine(),
+        )
+        try:
+            made = _with_measured(made, target, network)
+        except VpdeployError as e:
+            if recipe.budget.reads_target:
+                raise
+            work.display.say(f"latency and memory of narrower networks cannot be measured: {e}")
+        made = replace(made, table=table_of(made, network))
+        made = replace(made, table_seconds=round(time.perf_counter() - began, 2))
+        work.display.say(reach_text(made))
+        selector = selector_at(made, network)
+        if recipe.budget.measured:
+            made = replace(made, limits=limits_in_practice(selector, target, made, network))
+    return replace(made, seconds=round(time.perf_counter() - began, 2))
+
+
+def _with_measured(made: Price, target: Target, network: Network) -> Price:
+    """``made`` with what latency and memory cost."""
+    widths = _mixed(network, made.round_to)
+    measured = Measured.of(target, widths, memory="memory_mib" in network.recipe.budget.measured)
+    costs = {**made.costs, "latency_ms": measured.latency_terms(network.shapes)}
+    dense = {**made.dense, "latency_ms": measured.dense_ms}
+    least = {"latency_ms": float(measured.ms[0])}
+    if measured.memory is not None:
+        costs["memory_mib"] = measured.memory_terms(network.shapes, costs["file_mib"])
+        dense["memory_mib"], least["memory_mib"] = float(measured.memory[-1]), float(measured.memory[0])
+    return replace(made, costs=costs, dense=dense, least=least, conditions=measured.conditions)
+
+
+def _mixed(network: Network, round_to: int) -> Array:
+    """Widths of the networks from which costs are fitted: [networks, groups]. The first is the narrowest, the last the dense one;
+    between them every group takes every level once, in an order of its own, so that inputs and outputs of a layer vary apart.
+    """
+    generator = np.random.default_rng(0)
+    columns = []
+    for group in network.groups.prunable:
+        allowed = network.allowed(group, round_to)
+        levels = [allowed[int((i + 0.5) / MIXED * len(allowed))] for i in generator.permutation(MIXED)]
+        columns.append([allowed[0], *levels, allowed[-1]])
+    return np.array(columns, float).T.reshape(MIXED + 2, len(columns))
+
+
+def _file_terms(work: Workbench, groups: ChannelGroups, candidates: Candidates, shapes: Shapes) -> tuple[Term, ...]:
+    """MiB of the file that ships; where a budget speaks of files, of the largest form."""
+    budget, forms = work.recipe.budget, [candidates.form]
+    if "file_mib" in (budget.kind, *budget.limits.given):
+        forms = [candidates.form, *(form for form in work.recipe.export.forms if form != candidates.form)]
+    found = []
+    for form in forms:
+        with tempfile.TemporaryDirectory() as folder:
+            made = (
+                candidates
+                if form == candidates.form
+                else Candidates(work, groups, Path(folder), form=form, prompted=candidates.prompted)
+            )
+            size, terms = made.whole.stat().st_size, made.byte_terms(shapes)
+        fixed = size - shapes.sum_of(terms).at(shapes.dense_widths)
+        found.append((size, [Term("", fixed), *terms]))
+    _, terms = max(found, key=lambda pair: pair[0])
+    return tuple(replace(term, amount=term.amount / MIB) for term in terms)
+
+
+def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selector:
+    """The recipe's budget over the prunable groups, as ``priced`` on the target."""
+    selector = selector_at(priced, Network.of(work, groups))
+    for kind, limit in priced.limits.items():
+        selector = selector.limited(kind, limit)
+    return selector
+
+
+def selector_at(priced: Price, network: Network) -> Selector:
+    """Selection under the recipe's budget where its costs are as ``priced``."""
+    table = network.recipe.budget
+    if "memory_mib" in table.measured and "memory_mib" not in priced.costs:
+        raise BudgetError("budget.memory_mib: memory is read from /proc, which is not here; expected Linux")
+    measured = {name: network.shapes.sum_of(terms) for name, terms in priced.costs.items()}
+    return build_selector(
+        network.groups.prunable,
+        replace(network.cost, measured=measured, dense=priced.dense),
+        budget=table.kind,
+        requested=table.requested,
+        round_to=priced.round_to,
+        max_removal=table.max_removal,
+        limits=table.limits.given,
+        steps=network.steps,
+        speed="latency_ms" if table.speed else None,
+        stops=lambda kind, widths: what_stops(kind, widths, priced, network),
+    )
+
+
+def elsewhere(priced: Price) -> str | None:
+    """In what this machine differs from the one that ``priced`` was measured on; None where it does not."""
+    here = machine()
+    other = [f"{key} {value}, here {here.get(key)}" for key, value in priced.machine.items() if here.get(key) != value]
+    return "; ".join(other) or None

@@ -1,0 +1,181 @@
+"""Masks that meet what only measuring can tell: the limit of a sum is moved until what is measured is as requested."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vpdeploy.errors import BudgetError
+from vpdeploy.measure.settings import setting_of
+from vpdeploy.pricing.network import Network
+from vpdeploy.pricing.reach import what_stops
+from vpdeploy.pricing.target import Target, opened, shape_of_image
+from vpdeploy.scoring.select import Selector, is_ratio, select
+from vpdeploy.surgery.cost import Array, quantity_of
+from vpdeploy.values import ChannelGroups, Price, Selection
+from vpdeploy.workbench import Workbench
+
+AIM = 0.985  # of a budget in time: what is measured once more should still be within
+MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
+MEMORY_RUNS = 3  # of which the largest counts: resident memory differs from process to process
+TRIES, MEMORY_TRIES = 8, 14
+NEAR = 0.03  # and no further below is looked for
+SAME = 5e-4  # of a limit: closer ones differ by less than memory can be told
+
+
+def settle(
+    selector: Selector, scores: Mapping[str, Array], work: Workbench, groups: ChannelGroups, *, arm: str
+) -> Selection:
+    """The mask of ``scores`` that meets the budget as measured, and what was measured of it; without a measured budget the mask
+    that the formula gives.
+
+    scores: root -> [g].
+    """
+    if not work.recipe.budget.measured or not selector.roots:
+        return select(selector, scores)
+    with opened(work, groups, arm=arm) as candidates:
+        candidates.check(selector.least_widths)
+        target = Target(candidates, setting_of(work.recipe.target), shape_of_image(work.recipe))
+        return Settling(target, selector, scores, work.display.say).done()
+
+
+def limits_in_practice(selector: Selector, target: Target, priced: Price, network: Network) -> dict[str, float]:
+    """What the sums may be so that masks meet the budget as measured, from masks of random scores: a search then learns under a
+    limit that is near the one that it will have to meet.
+
+    Raises: BudgetError when the narrowest network, as measured, still costs too much.
+    """
+    for bound in selector.bounds:
+        name = quantity_of(bound.kind)
+        if bound.kind in MEASURED and priced.least[name] > bound.limit:
+            key = f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
+            best = priced.least[name] / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
+            raise BudgetError(
+                f"{key}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, with round_to = "
+                f"{priced.round_to} and max_removal = {network.recipe.budget.max_removal:g}"
+                f"{what_stops(bound.kind, selector.least_widths, priced, network)}; ask for that or more, lower budget.round_to, "
+                "or raise budget.max_removal"
+            )
+    generator = np.random.default_rng(0)
+    scores = {
+        root: generator.random(int(width)) for root, width in zip(selector.roots, selector.dense_widths, strict=True)
+    }
+    settling = Settling(target, selector, scores, lambda line: None)
+    with suppress(BudgetError):  # the narrowest network meets it, as was seen above: what is lacking is a quiet machine
+        settling.done(tries=TRIES)
+    return settling.limits or {kind: bracket.limit for kind, bracket in settling.brackets.items()}
+
+
+@dataclass
+class Bracket:
+    """Where the limit of one measured quantity has to be: above ``met``, below ``missed``. ``exact``: as near as can be told;
+    otherwise it is enough to come near.
+    """
+
+    requested: float
+    limit: float
+    exact: bool
+    met: float | None = None
+    missed: float | None = None
+
+    def is_near(self, found: float) -> bool:
+        if self.exact:
+            return self.met is not None and self.missed is not None and self.missed - self.met < SAME * self.met
+        return (1 - NEAR) * self.requested <= found <= self.requested
+
+    def move(self, found: float) -> None:
+        """The next limit: in proportion, and between what was met and what was not."""
+        if found > self.requested:
+            self.missed = min(self.limit, self.missed or self.limit)
+        else:
+            self.met = max(self.limit, self.met or 0.0)
+        if self.met is not None and self.missed is not None and self.met >= self.missed:  # noise: the newer one counts
+            self.met, self.missed = (None, self.limit) if found > self.requested else (self.limit, None)
+        wanted = self.limit * self.requested / found * (1.0 if self.exact else AIM)
+        if self.met is None or self.missed is None:
+            self.limit = wanted * (1.0 if not self.exact else 1.01 if self.missed is None else 0.99)
+        else:
+            gap, share = self.missed - self.met, 0.5 if self.exact else 0.2
+            self.limit = min(max(wanted, self.met + share * gap), self.missed - share * gap)
+
+
+class Settling:
+    """The search for the limits under which the mask of some scores meets its budget as measured."""
+
+    def __init__(self, target: Target, selector: Selector, scores: Mapping[str, Array], say: Callable[[str], None]):
+        self.target, self.selector, self.scores, self.say = target, selector, scores, say
+        self.brackets = {
+            bound.kind: Bracket(bound.requested, bound.limit, bound.kind == "memory_mib")
+            for bound in selector.bounds
+            if bound.kind in MEASURED
+        }
+        self.limits: dict[str, float] = {}  # of the largest mask that met everything
+
+    def done(self, *, tries: int | None = None) -> Selection:
+        """The largest mask found that meets everything.
+
+        Raises: BudgetError when none did.
+        """
+        best: tuple[Selection, dict[str, float]] | None = None
+        tries = tries or (MEMORY_TRIES if "memory_mib" in self.brackets else TRIES)
+        for _ in range(tries):
+            selection = self._selection()
+            found = self._measure(_widths_of(selection))
+            self.say(
+                f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
+            )
+            over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.requested]
+            if not over and (best is None or _size(selection) >= _size(best[0])):
+                best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
+            near = all(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
+            if not over and (near or self._is_free(selection)):
+                break
+            for kind in over or self.brackets:
+                self.brackets[kind].move(found[kind])
+            if best is not None and all(b.exact and b.is_near(0.0) for b in self.brackets.values()):
+                break
+        if best is None:
+            told = ", ".join(f"{kind} {bracket.requested:g}" for kind, bracket in self.brackets.items())
+            raise BudgetError(
+                f"budget: no mask met {told} in {tries} measurements, though what was measured before said so; ask for a little "
+                "more, or stop what else runs on this machine"
+            )
+        selection, found = best
+        limits = {kind: (asked, found.get(kind, reached)) for kind, (asked, reached) in selection.limits.items()}
+        return replace(selection, reached=found.get(selection.budget, selection.reached), limits=limits)
+
+    def _selection(self) -> Selection:
+        selector = self.selector
+        for kind, bracket in self.brackets.items():
+            selector = selector.limited(kind, bracket.limit)
+        return select(selector, self.scores)
+
+    def _is_free(self, selection: Selection) -> bool:
+        """Whether the mask would be the same without any measured limit."""
+        selector = self.selector
+        for kind in self.brackets:
+            selector = selector.limited(kind, math.inf)
+        return select(selector, self.scores).mask == selection.mask
+
+    def _measure(self, widths: Array) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self.brackets.keys() - {"memory_mib"}:
+            ms, dense = self.target.against_dense(widths)
+            found = {"latency_ms": ms, "latency_ratio": ms / dense}
+        if "memory_mib" in self.brackets:
+            memory = self.target.memory(widths, runs=MEMORY_RUNS)
+            assert memory is not None, "there was /proc when it was priced"
+            found["memory_mib"] = memory
+        return {kind: found[kind] for kind in self.brackets}
+
+
+def _widths_of(selection: Selection) -> Array:
+    return np.array([sum(keep) for keep in selection.mask.keep.values()], float)
+
+
+def _size(selection: Selection) -> float:
+    return float(_widths_of(selection).sum())
