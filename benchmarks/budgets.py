@@ -35,11 +35,11 @@ from vpdeploy.pricing.candidates import Candidates
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.price import selector_for
 from vpdeploy.pricing.reach import reach_text
-from vpdeploy.pricing.settle import settle
+from vpdeploy.pricing.settle import next_above, settle
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe, TargetTable
 from vpdeploy.scoring.criteria.magnitude import magnitude
-from vpdeploy.scoring.select import Selector, select
+from vpdeploy.scoring.select import Selector
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import ChannelGroups, ChannelMask, Price, Selection
@@ -123,16 +123,10 @@ def print_latency(cases: dict[tuple[str, str], tuple[Case, Selection, Path]]) ->
 
 def next_mask(case: Case, selection: Selection, kind: str) -> ChannelMask:
     """The smallest mask above ``selection`` that the selection under a larger limit gives."""
-    limit = case.selector.budget.limit
-    widths = np.array([sum(keep) for keep in selection.mask.keep.values()], float)
-    limit = max(case.selector.budget.cost(widths), 1e-12)
-    step = 1e-5
-    while True:
-        made = select(case.selector.limited(kind, limit * (1 + step)), case.scores).mask
-        wider = np.array([sum(keep) for keep in made.keep.values()], float)
-        if case.selector.budget.cost(wider) > case.selector.budget.cost(widths):
-            return made
-        step *= 2
+    spent = case.selector.budget.cost(np.array([*selection.mask.widths().values()], float))
+    above = next_above(case.selector.limited(kind, spent), case.scores, kind)
+    assert above is not None, "less than the dense network was asked for"
+    return above.selection.mask
 
 
 def peak(path: Path) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ class Graph:
     flattened: Mapping[str, tuple[str, int]]
     computed: Mapping[str, str]
 
-    def write_cut(self, plan: PrunePlan, path: Path, tensors: Mapping[str, Values]) -> None:
-        """Write what a cut in torch and an export would give. tensors: of the network that was cut in torch, by name.
+    def write_cut(self, plan: PrunePlan, path: Path, tensors: Callable[[], Mapping[str, Values]]) -> None:
+        """Write what a cut in torch and an export would give. tensors: of the network that was cut in torch, by name;
+        asked for where the graph holds what a cut computes anew.
 
         Raises: CannotCut when a tensor that loses something is not in the graph under a name that is known.
         """
@@ -77,20 +78,21 @@ class Graph:
             terms.append(Term(owner, float(array.itemsize * np.prod(fixed, dtype=float)), axes))
         return terms
 
-    def _cut(self, plan: PrunePlan, tensors: Mapping[str, Values]) -> onnx.ModelProto:
+    def _cut(self, plan: PrunePlan, tensors: Callable[[], Mapping[str, Values]]) -> onnx.ModelProto:
         found = {place for axes in self.axes.values() for place in axes if place is not None}
         for tensor, kept in plan.kept.items():
             weight = len(plan.fits[tensor]) > 1  # vectors are folded into the weights beside them
             missing = [axis for axis in kept if weight and (tensor, axis) not in found]
             if missing:
                 raise CannotCut(f"{tensor}: axis {missing[0]} is not in the graph")
+        anew = tensors() if self.computed else {}
         model = onnx.ModelProto()
         model.CopyFrom(self._without_weights())
         for tensor in self.model.graph.initializer:
             places = self.axes[tensor.name]
             array = numpy_helper.to_array(tensor)
             if tensor.name in self.computed:
-                array = tensors[self.computed[tensor.name]]
+                array = anew[self.computed[tensor.name]]
             for axis, place in enumerate(places):
                 kept = None if place is None else plan.kept.get(place[0], {}).get(place[1])
                 if kept is not None:

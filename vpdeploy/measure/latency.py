@@ -29,7 +29,7 @@ class Pace:
 
 
 REPORTED = Pace()
-QUICK = Pace(rounds=8, window=0.05, runs=2)  # for a first look at many networks
+QUICK = Pace(rounds=6, window=0.05, runs=1)  # for a first look at many networks
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Candidates:
         """What runs at ``widths`` [groups]: a file, and the module that it is of."""
         cuts = plan(self.backbone, self.groups, self.mask(widths))
         name = hashlib.sha256(np.asarray(widths, np.int64).tobytes()).hexdigest()[:16]
-        path = self.folder / f"{name}.{self.form}.onnx"
+        path = self.folder / f"{name}.{self.form}.onnx" if cuts.kept else self.whole
         if not path.exists():
             self._write(cuts, path)
         return Subject(path, partial(self._module, cuts))
@@ -101,7 +101,7 @@ class Candidates:
         cuts, path = plan(self.backbone, self.groups, self.mask(widths)), self.folder / f"check.{self.form}.onnx"
         agrees = False
         with suppress(CannotCut, VpdeployError):
-            self.graph.write_cut(cuts, path, _arrays(cut(self.backbone, cuts)))
+            self.graph.write_cut(cuts, path, lambda: _arrays(cut(self.backbone, cuts)))
             agrees = self._agrees(path, self._module(cuts))
         if not agrees:
             self.graph = None
@@ -116,7 +116,7 @@ class Candidates:
 
     def _write(self, cuts: PrunePlan, path: Path) -> None:
         if self.graph is not None:
-            self.graph.write_cut(cuts, path, _arrays(cut(self.backbone, cuts)))
+            self.graph.write_cut(cuts, path, lambda: _arrays(cut(self.backbone, cuts)))
         else:
             self.export(cut(self.backbone, cuts), path)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from vpdeploy.workbench import Workbench
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
 MEMORY_RUNS = 3  # of which the largest counts: resident memory differs from process to process
-TRIES, MEMORY_TRIES = 8, 14
+TRIES, MEMORY_TRIES = 8, 24
 NEAR = 0.03  # and no further below is looked for
 SAME = 5e-4  # of a limit: closer ones differ by less than memory can be told
 
@@ -113,17 +114,19 @@ class Settling:
             for bound in selector.bounds
             if bound.kind in MEASURED
         }
+        self.exact = all(bracket.exact for bracket in self.brackets.values())
         self.limits: dict[str, float] = {}  # of the largest mask that met everything
 
     def done(self, *, tries: int | None = None) -> Selection:
-        """The largest mask found that meets everything.
+        """The largest mask found that meets everything. Under a budget in memory alone, the next larger one was measured to
+        exceed it: memory does not grow with every channel.
 
         Raises: BudgetError when none did.
         """
         best: tuple[Selection, dict[str, float]] | None = None
-        tries = tries or (MEMORY_TRIES if "memory_mib" in self.brackets else TRIES)
-        for _ in range(tries):
-            selection = self._selection()
+        for _ in range(tries := tries or (MEMORY_TRIES if self.exact else TRIES)):
+            above = self._above() if self.exact and self.brackets["memory_mib"].is_near(0.0) else None
+            selection = above or self._selection()
             found = self._measure(_widths_of(selection))
             self.say(
                 f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
@@ -131,13 +134,11 @@ class Settling:
             over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.requested]
             if not over and (best is None or _size(selection) >= _size(best[0])):
                 best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
-            near = all(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
-            if not over and (near or self._is_free(selection)):
+            near = any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
+            if (above and over) or (not over and ((near and not self.exact) or self._is_free(selection))):
                 break
             for kind in over or self.brackets:
                 self.brackets[kind].move(found[kind])
-            if best is not None and all(b.exact and b.is_near(0.0) for b in self.brackets.values()):
-                break
         if best is None:
             told = ", ".join(f"{kind} {bracket.requested:g}" for kind, bracket in self.brackets.items())
             raise BudgetError(
@@ -147,6 +148,16 @@ class Settling:
         selection, found = best
         limits = {kind: (asked, found.get(kind, reached)) for kind, (asked, reached) in selection.limits.items()}
         return replace(selection, reached=found.get(selection.budget, selection.reached), limits=limits)
+
+    def _above(self) -> Selection | None:
+        """The smallest mask above the largest that met a budget in memory; nothing is known of those above it then."""
+        bracket = self.brackets["memory_mib"]
+        assert bracket.met is not None
+        above = next_above(self.selector.limited("memory_mib", bracket.met), self.scores, "memory_mib")
+        if above is None:
+            return None
+        bracket.limit, bracket.missed = above.limit, None
+        return above.selection
 
     def _selection(self) -> Selection:
         selector = self.selector
@@ -173,8 +184,33 @@ class Settling:
         return {kind: found[kind] for kind in self.brackets}
 
 
+class Above(NamedTuple):
+    selection: Selection
+    limit: float  # the least under which it is selected
+
+
+def next_above(selector: Selector, scores: Mapping[str, Array], kind: str) -> Above | None:
+    """The next larger mask of ``scores`` when the limit on ``kind`` rises and nothing else; None when there is none."""
+    bound = next(bound for bound in selector.bounds if bound.kind == kind)
+
+    def at(limit: float) -> tuple[Selection, float]:
+        selection = select(selector.limited(kind, limit), scores)
+        return selection, bound.cost(_widths_of(selection))
+
+    here, dense = at(bound.limit)[1], bound.cost(selector.dense_widths)
+    low, high = here, here + 1e-6 * dense
+    while at(high)[1] <= here:
+        if high > dense:
+            return None
+        low, high = high, high + 2 * (high - low)
+    while high - low > 1e-9 * dense:  # below what one entry of a weight adds
+        middle = (low + high) / 2
+        low, high = (low, middle) if at(middle)[1] > here else (middle, high)
+    return Above(at(high)[0], high)
+
+
 def _widths_of(selection: Selection) -> Array:
-    return np.array([sum(keep) for keep in selection.mask.keep.values()], float)
+    return np.array([*selection.mask.widths().values()], float)
 
 
 def _size(selection: Selection) -> float:

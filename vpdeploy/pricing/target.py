@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from vpdeploy.surgery.shapes import Shapes
 from vpdeploy.values import ChannelGroups, Conditions, Latency, Term
 from vpdeploy.workbench import Workbench
 
+PROFILED = 3  # runs, of many networks
 GLANCE = 0.02  # seconds of each of many networks, and a few rounds: the fit takes the mean of them
 
 
@@ -104,22 +106,23 @@ class Measured:
 
     @staticmethod
     def of(target: Target, widths: Array, *, memory: bool) -> Measured:
-        subjects = {str(i): target.candidates.subject(row) for i, row in enumerate(widths)}
-        timed = target.timed({**subjects, "dense": target.dense()})
+        last = len(widths) - 1
+        subjects, found = _written(target, widths, range(len(widths)) if memory else (0, last))
+        dense = target.dense()
+        own = str(last) if dense.path == subjects[str(last)].path else "dense"  # the same where there is no prompt
+        timed = target.timed({**subjects, own: dense})
         times = {name: row.p50_ms for name, row in timed.items()}
         images = target.images()
         reads_files = target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
         layers = [
-            layer_times(subject.file(target.setting), images, setting=target.setting)
+            layer_times(subject.file(target.setting), images, setting=target.setting, runs=PROFILED)
             for subject in (subjects.values() if reads_files else ())
         ]
-        chosen = widths if memory else widths[[0, -1]]
-        found = [target.memory(row) for row in chosen] if target.setting.engine == "onnxruntime-cpu" else [None]
         return Measured(
             widths,
             np.array([times[name] for name in subjects]),
-            times["dense"],
-            timed["dense"].conditions,
+            times[own],
+            timed[own].conditions,
             layers,
             None if None in found else np.array(found, float),
         )
@@ -137,3 +140,17 @@ class Measured:
         mib = np.array([file.at(row) for row in rows])
         constant, per_mib = non_negative(np.stack([np.ones(len(mib)), mib], 1), self.memory)
         return (Term("", float(constant)), *(replace(term, amount=term.amount * float(per_mib)) for term in file_terms))
+
+
+def _written(target: Target, widths: Array, weighed: Sequence[int]) -> tuple[dict[str, Subject], list[float | None]]:
+    """The networks of ``widths`` by their number, and the memory of those ``weighed``: in processes of their own, the largest
+    first, while further files are written.
+    """
+    subjects: dict[str, Subject] = {}
+    peaks: dict[int, Future[float | None]] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for i in reversed(range(len(widths))):
+            subjects[str(i)] = target.candidates.subject(widths[i])
+            if i in weighed and target.setting.engine == "onnxruntime-cpu":
+                peaks[i] = pool.submit(target.memory, widths[i])
+    return dict(sorted(subjects.items())), [peaks[i].result() for i in sorted(peaks)] or [None]

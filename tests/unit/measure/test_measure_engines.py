@@ -108,7 +108,7 @@ def test_a_provider_that_falls_back_is_an_error(small, monkeypatch):
 
 
 def test_nodes_that_run_elsewhere_are_an_error_where_they_take_time(small):
-    nodes = profile(small.path, images(), setting=Setting())
+    nodes = profile(small.path, images(), setting=Setting(), runs=5)
     assert {node["provider"] for node in nodes} == {"CPUExecutionProvider"} and all(node["ms"] >= 0 for node in nodes)
     refuse_heavy_fall_back(nodes, Setting())
     with pytest.raises(

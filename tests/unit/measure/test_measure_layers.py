@@ -63,7 +63,7 @@ def test_nodes_bear_the_names_of_their_modules_once_each(exported):
 
 def test_every_layer_has_its_time_and_nothing_is_lost(exported):
     whole, path = exported
-    times = layer_times(path, images(), setting=Setting())
+    times = layer_times(path, images(), setting=Setting(), runs=5)
     assert set(times) == {"stem.0", "branch", "tokens", "head", ""}
     rows = layers_of(whole.backbone, times, count_macs(whole.backbone, canvas_size=SIDE).by_module)
     assert [(row.module, row.width) for row in rows] == [
@@ -76,8 +76,8 @@ def test_every_layer_has_its_time_and_nothing_is_lost(exported):
 
 def test_what_is_fused_counts_with_its_product(exported):
     """The norm, the activation and the sum are gone from the graph that runs: their nodes are the convolutions'."""
-    nodes = profile(exported[1], images(), setting=Setting())
+    nodes = profile(exported[1], images(), setting=Setting(), runs=5)
     assert not {"BatchNormalization", "Relu"} & {str(node["op"]) for node in nodes}
     convolutions = sum(float(node["ms"]) for node in nodes if "Conv" in str(node["op"]))
-    times = layer_times(exported[1], images(), setting=Setting())
+    times = layer_times(exported[1], images(), setting=Setting(), runs=5)
     assert convolutions > 0 and times["stem.0"] > 0 and times["branch"] > 0

@@ -121,7 +121,7 @@ def ort_session(
 # --- node by node -------------------------------------------------------------------------------------------------------
 
 
-def profile(path: Path, images: np.ndarray, *, setting: Setting, runs: int = 5) -> list[Mapping[str, Any]]:
+def profile(path: Path, images: np.ndarray, *, setting: Setting, runs: int) -> list[Mapping[str, Any]]:
     """What ONNX Runtime notes of every node in ``runs`` runs after a first one: name, op, provider, milliseconds (median).
 
     Raises: as ``open_onnxruntime``.

@@ -59,9 +59,7 @@ def open_openvino(subject: Subject, setting: Setting) -> Session:
     return Session(run=run, about=about, result=lambda logits: logits.copy())
 
 
-def profile_openvino(
-    subject: Subject, images: NDArray[Any], setting: Setting, *, runs: int = 5
-) -> list[dict[str, Any]]:
+def profile_openvino(subject: Subject, images: NDArray[Any], setting: Setting, *, runs: int) -> list[dict[str, Any]]:
     """What OpenVINO notes of every operation that it executes, in ``runs`` runs after a first one: name, op, provider,
     milliseconds (median).
 
