@@ -23,9 +23,8 @@ from vpdeploy.workbench import Workbench
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
 MEMORY_RUNS = 3  # of which the largest counts: resident memory differs from process to process
-TRIES, MEMORY_TRIES = 8, 24
+TRIES, MEMORY_TRIES = 8, 32
 NEAR = 0.03  # and no further below is looked for
-SAME = 5e-4  # of a limit: closer ones differ by less than memory can be told
 
 
 def settle(
@@ -73,7 +72,7 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
 
 @dataclass
 class Bracket:
-    """Where the limit of one measured quantity has to be: above ``met``, below ``missed``. ``exact``: as near as can be told;
+    """Where the limit of one measured quantity has to be: above ``met``, below ``missed``. ``exact``: to the last mask;
     otherwise it is enough to come near.
     """
 
@@ -84,8 +83,6 @@ class Bracket:
     missed: float | None = None
 
     def is_near(self, found: float) -> bool:
-        if self.exact:
-            return self.met is not None and self.missed is not None and self.missed - self.met < SAME * self.met
         return (1 - NEAR) * self.requested <= found <= self.requested
 
     def move(self, found: float) -> None:
@@ -115,6 +112,7 @@ class Settling:
             if bound.kind in MEASURED
         }
         self.exact = all(bracket.exact for bracket in self.brackets.values())
+        self.peaks: dict[tuple[float, ...], float] = {}  # measured once: a mask that met a budget has met it
         self.limits: dict[str, float] = {}  # of the largest mask that met everything
 
     def done(self, *, tries: int | None = None) -> Selection:
@@ -125,8 +123,7 @@ class Settling:
         """
         best: tuple[Selection, dict[str, float]] | None = None
         for _ in range(tries := tries or (MEMORY_TRIES if self.exact else TRIES)):
-            above = self._above() if self.exact and self.brackets["memory_mib"].is_near(0.0) else None
-            selection = above or self._selection()
+            selection = self._selection()
             found = self._measure(_widths_of(selection))
             self.say(
                 f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
@@ -134,11 +131,13 @@ class Settling:
             over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.requested]
             if not over and (best is None or _size(selection) >= _size(best[0])):
                 best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
-            near = any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
-            if (above and over) or (not over and ((near and not self.exact) or self._is_free(selection))):
+            near = not self.exact and any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
+            if not over and (near or self._is_free(selection)):
                 break
             for kind in over or self.brackets:
                 self.brackets[kind].move(found[kind])
+            if self.exact and self._is_adjacent():
+                break
         if best is None:
             told = ", ".join(f"{kind} {bracket.requested:g}" for kind, bracket in self.brackets.items())
             raise BudgetError(
@@ -149,15 +148,14 @@ class Settling:
         limits = {kind: (asked, found.get(kind, reached)) for kind, (asked, reached) in selection.limits.items()}
         return replace(selection, reached=found.get(selection.budget, selection.reached), limits=limits)
 
-    def _above(self) -> Selection | None:
-        """The smallest mask above the largest that met a budget in memory; nothing is known of those above it then."""
+    def _is_adjacent(self) -> bool:
+        """Whether the mask that exceeded a budget in memory is the next above the one that met it."""
         bracket = self.brackets["memory_mib"]
-        assert bracket.met is not None
+        if bracket.met is None or bracket.missed is None:
+            return False
         above = next_above(self.selector.limited("memory_mib", bracket.met), self.scores, "memory_mib")
-        if above is None:
-            return None
-        bracket.limit, bracket.missed = above.limit, None
-        return above.selection
+        exceeded = select(self.selector.limited("memory_mib", bracket.missed), self.scores)
+        return above is None or above.selection.mask == exceeded.mask
 
     def _selection(self) -> Selection:
         selector = self.selector
@@ -178,9 +176,11 @@ class Settling:
             ms, dense = self.target.against_dense(widths)
             found = {"latency_ms": ms, "latency_ratio": ms / dense}
         if "memory_mib" in self.brackets:
-            memory = self.target.memory(widths, runs=MEMORY_RUNS)
-            assert memory is not None, "there was /proc when it was priced"
-            found["memory_mib"] = memory
+            if (key := tuple(widths)) not in self.peaks:
+                peak = self.target.memory(widths, runs=MEMORY_RUNS)
+                assert peak is not None, "there was /proc when it was priced"
+                self.peaks[key] = peak
+            found["memory_mib"] = self.peaks[key]
         return {kind: found[kind] for kind in self.brackets}
 
 

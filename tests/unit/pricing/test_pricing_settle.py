@@ -21,13 +21,12 @@ from vpdeploy.surgery.cost import CostModel, Sum
 class Machine:
     """In place of a target: the true cost of widths is no sum, and every measurement errs a little."""
 
-    def __init__(self, *, noise: float, level: float = 1.3, ripple: float = 0.0):
-        self.generator, self.noise, self.level, self.ripple = np.random.default_rng(0), noise, level, ripple
-        self.runs = 0
+    def __init__(self, *, noise: float, level: float = 1.3):
+        self.generator, self.noise, self.level, self.runs = np.random.default_rng(0), noise, level, 0
+        self.memories: dict[tuple[float, ...], float] = {}  # of widths, when they were last measured
 
     def true(self, widths: np.ndarray) -> float:
-        grows = 5 + np.ceil(widths / 6).sum() * 0.7 + 0.004 * (widths[:-1] * widths[1:]).sum()
-        return self.level * float(grows + self.ripple * np.sin(widths.sum() / 3))
+        return self.level * float(5 + np.ceil(widths / 6).sum() * 0.7 + 0.004 * (widths[:-1] * widths[1:]).sum())
 
     def _seen(self, widths: np.ndarray) -> float:
         self.runs += 1
@@ -37,7 +36,8 @@ class Machine:
         return self._seen(widths), self._seen(DENSE)
 
     def memory(self, widths: np.ndarray, *, runs: int) -> float:
-        return max(self._seen(widths) for _ in range(runs))
+        self.memories[tuple(widths)] = found = max(self._seen(widths) for _ in range(runs))
+        return found
 
 
 DENSE = np.array([48.0, 64, 80, 96, 64, 48])
@@ -70,20 +70,20 @@ def test_a_ratio_of_times_is_met_as_measured(share):
     assert machine.runs <= 2 * TRIES
 
 
-@pytest.mark.parametrize("ripple", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.02])
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
-def test_memory_is_never_exceeded_and_the_next_mask_would(share, ripple):
-    """Though it does not grow with every channel."""
-    machine = Machine(noise=0.0, ripple=ripple)
+def test_memory_is_never_exceeded_and_the_next_mask_would(share, noise):
+    """As measured: a larger process may well be seen with less."""
+    machine = Machine(noise=noise)
     asked = share * machine.true(DENSE)
     search = settling(machine, "memory_mib", asked)
     selection = search.done()
     widths = np.array([*selection.mask.widths().values()], float)
-    assert selection.reached == machine.true(widths) <= asked
+    assert selection.reached == machine.memories[tuple(widths)] <= asked
     above = next_above(search.selector.limited("memory_mib", search.limits["memory_mib"]), search.scores, "memory_mib")
     assert above is not None
     wider = np.array([*above.selection.mask.widths().values()], float)
-    assert (wider >= widths).all() and wider.sum() > widths.sum() and machine.true(wider) > asked
+    assert (wider >= widths).all() and wider.sum() > widths.sum() and machine.memories[tuple(wider)] > asked
 
 
 def test_the_next_larger_mask_has_one_step_more_of_one_group():
