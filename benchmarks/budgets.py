@@ -37,7 +37,7 @@ from vpdeploy.pricing.price import selector_for
 from vpdeploy.pricing.reach import reach_text
 from vpdeploy.pricing.settle import next_above, settle
 from vpdeploy.progress import Display
-from vpdeploy.recipe.tables import Recipe, TargetTable
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector
 from vpdeploy.surgery.cut import cut
@@ -53,8 +53,7 @@ class Case:
     """One network under one budget: priced, its scores, its mask."""
 
     def __init__(self, name: str, folder: Path, budget: dict[str, float], engine: str):
-        recipe = recipe_of(name, folder, speed=False, **budget)
-        recipe = recipe.model_copy(update={"target": TargetTable.model_validate({"engine": engine})})
+        recipe = recipe_of(name, folder, {"engine": engine}, speed=False, **budget)
         label = "-".join([name, engine, *budget])
         self.recipe: Recipe = recipe
         self.work: Workbench = open_workbench(recipe, folder / label, redo=None, display=Display(quiet=True))

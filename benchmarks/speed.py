@@ -4,8 +4,9 @@
 
 Random weights, 224 pixels, exact groups alone. Of each network and MACs ratio:
 
-- ours: the budget macs_ratio with round_to = "auto" and speed = true; importances are drawn from a log-normal of
-  sigma 1 (untrained networks have none of their own), as ``search.score_init = "taylor"`` weighs them;
+- ours: the budget macs_ratio with round_to = "auto" and speed = true, priced at the row's thread count and batch 1;
+  importances are drawn from a log-normal of sigma 1 (untrained networks have none of their own), as
+  ``search.score_init = "taylor"`` weighs them;
 - by hand: every group at the same share of its width, rounded to 8, 16 or 32, at our MACs (to 3 %): the fastest of the three;
 - Torch-Pruning: its MagnitudePruner at a uniform ratio, nothing rounded, at our MACs.
 
@@ -19,8 +20,10 @@ import copy
 import json
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -38,14 +41,14 @@ from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.pricing.candidates import Candidates
-from vpdeploy.pricing.price import selector_for
+from vpdeploy.pricing.network import Network
+from vpdeploy.pricing.price import selector_at
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.select import Selector, allowed_widths, prices, select
-from vpdeploy.surgery.cost import Array, CostModel, build_cost_model
-from vpdeploy.surgery.groups import example_input
-from vpdeploy.values import ChannelGroup
+from vpdeploy.surgery.cost import Array, CostModel
+from vpdeploy.values import ChannelGroup, ChannelGroups, Price
 from vpdeploy.workbench import Workbench, open_workbench
 
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_b_16")
@@ -53,13 +56,14 @@ RATIOS = (0.5, 0.25)
 BY_HAND = (8, 16, 32)
 
 
-def recipe_of(name: str, folder: Path, **budget: object) -> Recipe:
+def recipe_of(name: str, folder: Path, target: Mapping[str, object] = MappingProxyType({}), **budget: object) -> Recipe:
     raw = {
         "model": {"name": f"torchvision:{name}"},
         "data": {"name": "digits"},
         "input": {"image_size": 224},
         "prompt": {"pixels": {"kind": "none"}},
         "budget": {"round_to": "auto", "speed": True, **budget},
+        "target": dict(target),
         "compute": {"precision": "fp32", "channels_last": "no"},
     }
     return parse_recipe(raw, where="benchmark", folder=folder)
@@ -118,29 +122,35 @@ def _pruned(network: nn.Module, ratio: float) -> nn.Module:
     return small.eval().requires_grad_(False)
 
 
-def subjects_of(name: str, folder: Path) -> Iterator[tuple[str, Subject, float]]:
-    """("dense", "ours 0.5", ..., what runs, its MACs)."""
-    work, candidates, cost = None, None, None
+def subjects_of(name: str, folder: Path, engine: str, threads: list[int]) -> Iterator[tuple[str, Subject, float]]:
+    """("dense", "ours 0.5 for 1", ..., what runs, its MACs). Ours are priced at the thread count that they are for."""
+    priced = {count: _priced(name, folder, engine, count) for count in threads}
+    work, groups, _ = next(iter(priced.values()))
+    (files := folder / f"{name}-files").mkdir()
+    candidates = Candidates(work, groups, files, form="float", prompted=False)
+    network = Network.of(work, groups)
+    candidates.check(network.narrowest(8))
+    macs_at = network.cost.macs
+    dense = network.cost.dense_widths
+    yield "dense", candidates.subject(dense), macs_at(dense)
     for ratio in RATIOS:
-        recipe = recipe_of(name, folder, macs_ratio=ratio)
-        work = open_workbench(recipe, folder / f"{name}-{ratio}", redo=None, display=Display(quiet=True))
-        groups = pipeline.grouped(work)
-        priced = pipeline.priced(work, groups)
-        if candidates is None:
-            files = folder / f"{name}-files"
-            files.mkdir()
-            candidates = Candidates(work, groups, files, form="float", prompted=False)
-            cost = build_cost_model(work.built.backbone, groups.prunable, example=example_input(224, batch=1))
-            candidates.check(hand_widths(groups.prunable, cost, 0.0, 8))
-            yield "dense", candidates.subject(cost.dense_widths), cost.macs(cost.dense_widths)
-        assert cost is not None
-        widths = our_widths(selector_for(work, groups, priced))
-        macs = cost.macs(widths)
-        yield f"ours {ratio:g}", candidates.subject(widths), macs
+        asked = replace(network, recipe=recipe_of(name, folder, macs_ratio=ratio))
+        macs = 0.0
+        for count, (_, _, price) in priced.items():
+            widths = our_widths(selector_at(price, asked))
+            macs = macs or macs_at(widths)
+            yield f"ours {ratio:g} for {count}", candidates.subject(widths), macs_at(widths)
         for round_to in BY_HAND:
-            row = hand_widths(groups.prunable, cost, macs, round_to)
-            yield f"hand {ratio:g} ({round_to})", candidates.subject(row), cost.macs(row)
+            row = hand_widths(groups.prunable, network.cost, macs, round_to)
+            yield f"hand {ratio:g} ({round_to})", candidates.subject(row), macs_at(row)
         yield from _torch_pruning_subject(work, candidates, macs, ratio)
+
+
+def _priced(name: str, folder: Path, engine: str, threads: int) -> tuple[Workbench, ChannelGroups, Price]:
+    recipe = recipe_of(name, folder, macs_ratio=min(RATIOS), target={"engine": engine, "threads": threads})
+    work = open_workbench(recipe, folder / f"{name}-{threads}", redo=None, display=Display(quiet=True))
+    groups = pipeline.grouped(work)
+    return work, groups, pipeline.priced(work, groups)
 
 
 def _torch_pruning_subject(
@@ -158,7 +168,7 @@ def _torch_pruning_subject(
 
 
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
-    found = list(subjects_of(name, folder))
+    found = list(subjects_of(name, folder, args.engine, args.threads))
     macs = {label: count for label, _, count in found}
     for threads in args.threads:
         for batch in args.batches:
@@ -191,7 +201,7 @@ def table(rows: list[dict]) -> str:
     for network, threads, batch in keys:
         here = {r["what"]: r for r in rows if (r["network"], r["threads"], r["batch"]) == (network, threads, batch)}
         for ratio in RATIOS:
-            ours = here[f"ours {ratio:g}"]
+            ours = here[f"ours {ratio:g} for {threads}"]
             hand = fastest([r for k, r in here.items() if k.startswith(f"hand {ratio:g} ")], ours["macs_factor"])
             plain = here.get(f"torch-pruning {ratio:g}")
             low, high = ours["interval"]

@@ -206,18 +206,24 @@ class SearchTable(Table):
     )
 
 
+Milliseconds = Annotated[
+    Positive | None, Field(description="median milliseconds of the pruned file on [target], at most")
+]
+FileMib = Annotated[
+    Positive | None, Field(description="of the pruned ONNX file, the larger of its forms, at most; MiB")
+]
+MemoryMib = Annotated[
+    Positive | None,
+    Field(description="peak resident memory of a process that runs the pruned file on [target], at most; MiB"),
+]
+
+
 class LimitsTable(Table):
     """Hard limits beside the budget: as much more is removed as they ask for."""
 
-    latency_ms: Positive | None = Field(
-        default=None, description="median milliseconds of the pruned file on [target], at most"
-    )
-    file_mib: Positive | None = Field(
-        default=None, description="of the pruned ONNX file, the larger of its forms, at most"
-    )
-    memory_mib: Positive | None = Field(
-        default=None, description="peak resident memory of a process that runs the pruned file on [target], at most"
-    )
+    latency_ms: Milliseconds = None
+    file_mib: FileMib = None
+    memory_mib: MemoryMib = None
 
     @property
     def given(self) -> dict[str, float]:
@@ -235,16 +241,9 @@ class BudgetTable(Table):
     latency_ratio: Fraction | None = Field(
         default=None, description="of the dense file's median run time on [target], both measured in the same rounds"
     )
-    latency_ms: Positive | None = Field(
-        default=None, description="median milliseconds of the pruned file on [target], at most"
-    )
-    file_mib: Positive | None = Field(
-        default=None, description="of the pruned ONNX file, the larger of its forms, at most; MiB"
-    )
-    memory_mib: Positive | None = Field(
-        default=None,
-        description="peak resident memory of a process that runs the pruned file on [target], at most; MiB",
-    )
+    latency_ms: Milliseconds = None
+    file_mib: FileMib = None
+    memory_mib: MemoryMib = None
     limits: LimitsTable = Field(default_factory=LimitsTable)
     round_to: Literal["auto"] | Count = Field(
         default=8,

@@ -116,25 +116,20 @@ def build_selector(
     """
     widths = np.array([group.width for group in groups], np.int64)
     starts = np.concatenate([[0], np.cumsum(widths)])[:-1].astype(np.int64)
-    blocks: list[tuple[int, int, int, bool]] = []  # place, group, width, must stay
-    for number, group in enumerate(groups):
-        edge = 0
-        for kept in allowed_widths(
-            group.width, unit=group.unit, round_to=round_to, max_removal=max_removal, steps=steps
-        ):
-            blocks.append((int(starts[number]) + edge, number, kept - edge, edge == 0))
-            edge = kept
-    place, owner, size, must = (
-        (np.array(column) for column in zip(*blocks, strict=True)) if blocks else [np.array([], int)] * 4
-    )
+    allowed = [
+        allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=max_removal, steps=steps)
+        for group in groups
+    ]
+    edges = [[0, *of_group[:-1]] for of_group in allowed]  # where the blocks of each group begin
+    row = lambda of_groups: np.array([value for of_group in of_groups for value in of_group], np.int64)  # noqa: E731
     selector = Selector(
         roots=tuple(group.root for group in groups),
         group_of=np.repeat(np.arange(len(groups)), widths),
         starts=starts,
-        block_starts=place,
-        block_group=owner,
-        block_width=size,
-        must=must.astype(bool),
+        block_starts=row(edges) + np.repeat(starts, [len(of_group) for of_group in edges]),
+        block_group=np.repeat(np.arange(len(groups)), [len(of_group) for of_group in edges]),
+        block_width=row(allowed) - row(edges),
+        must=row(edges) == 0,
         dense_widths=cost.dense_widths,
         bounds=tuple(
             Bound(
@@ -144,27 +139,33 @@ def build_selector(
         ),
         speed=None if speed is None else cost.of(speed),
     )
-    for number, bound in enumerate(selector.bounds):
-        key = f"budget.{bound.kind}" if number == 0 else f"budget.limits.{bound.kind}"
-        dense, least = bound.dense, bound.cost(selector.least_widths)
-        if number == 0 and not is_ratio(bound.kind) and bound.limit >= dense:
-            raise BudgetError(
-                f"{key}: got {bound.requested:g}; the dense network has {_shown(dense)} already, so that nothing need be "
-                f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
-            )
-        if not groups and (bound.requested < 1 if is_ratio(bound.kind) else bound.limit < dense):
-            raise BudgetError(
-                f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, dense, dense)}, as nothing can be "
-                "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
-            )
-        if groups and least > bound.limit * (1 + 1e-12):
-            raise BudgetError(
-                f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, dense)} (with round_to = "
-                f"{round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned)"
-                f"{stops(bound.kind, selector.least_widths)}; ask for that or more, lower budget.round_to, or raise "
-                "budget.max_removal"
-            )
+    told = f"(with round_to = {round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned)"
+    for bound in selector.bounds:
+        _check_reachable(bound, selector, told, stops)
     return replace(selector, bounds=tuple(replace(b, limit=b.limit * (1 + 1e-12)) for b in selector.bounds))
+
+
+def _check_reachable(bound: Bound, selector: Selector, told: str, stops: Callable[[str, Array], str]) -> None:
+    """Raises: as ``build_selector``. ``told``: under what the narrowest widths are the narrowest."""
+    soft, groups = bound is selector.budget, selector.roots
+    key = f"budget.{bound.kind}" if soft else f"budget.limits.{bound.kind}"
+    dense, least = bound.dense, bound.cost(selector.least_widths)
+    if soft and not is_ratio(bound.kind) and bound.limit >= dense:
+        raise BudgetError(
+            f"{key}: got {bound.requested:g}; the dense network has {_shown(dense)} already, so that nothing need be "
+            f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
+        )
+    if not groups and (bound.requested < 1 if is_ratio(bound.kind) else bound.limit < dense):
+        raise BudgetError(
+            f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, dense, dense)}, as nothing can be "
+            "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
+        )
+    if groups and least > bound.limit * (1 + 1e-12):
+        raise BudgetError(
+            f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, dense)} {told}"
+            f"{stops(bound.kind, selector.least_widths)}; ask for that or more, lower budget.round_to, or raise "
+            "budget.max_removal"
+        )
 
 
 def is_ratio(kind: str) -> bool:
