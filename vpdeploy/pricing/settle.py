@@ -25,6 +25,7 @@ MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
 MEMORY_RUNS = 3  # of which the largest counts: resident memory differs from process to process
 TRIES, MEMORY_TRIES = 8, 32
 NEAR = 0.03  # and no further below is looked for
+SURE = 0.003  # of a budget in memory, below it: processes of one and the same file differ by 0.2 %
 
 
 def settle(
@@ -82,18 +83,23 @@ class Bracket:
     met: float | None = None
     missed: float | None = None
 
+    @property
+    def most(self) -> float:
+        """What may be measured."""
+        return self.requested * (1 - SURE) if self.exact else self.requested
+
     def is_near(self, found: float) -> bool:
         return (1 - NEAR) * self.requested <= found <= self.requested
 
     def move(self, found: float) -> None:
         """The next limit: in proportion, and between what was met and what was not."""
-        if found > self.requested:
+        if found > self.most:
             self.missed = min(self.limit, self.missed or self.limit)
         else:
             self.met = max(self.limit, self.met or 0.0)
         if self.met is not None and self.missed is not None and self.met >= self.missed:  # noise: the newer one counts
-            self.met, self.missed = (None, self.limit) if found > self.requested else (self.limit, None)
-        wanted = self.limit * self.requested / found * (1.0 if self.exact else AIM)
+            self.met, self.missed = (None, self.limit) if found > self.most else (self.limit, None)
+        wanted = self.limit * self.most / found * (1.0 if self.exact else AIM)
         if self.met is None or self.missed is None:
             self.limit = wanted * (1.0 if not self.exact else 1.01 if self.missed is None else 0.99)
         else:
@@ -117,7 +123,7 @@ class Settling:
 
     def done(self, *, tries: int | None = None) -> Selection:
         """The largest mask found that meets everything. Under a budget in memory alone, the next larger one was measured to
-        exceed it: memory does not grow with every channel.
+        exceed it, but for ``SURE``.
 
         Raises: BudgetError when none did.
         """
@@ -128,7 +134,7 @@ class Settling:
             self.say(
                 f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
             )
-            over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.requested]
+            over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.most]
             if not over and (best is None or _size(selection) >= _size(best[0])):
                 best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
             near = not self.exact and any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())

@@ -187,13 +187,14 @@ def prices(selector: Selector) -> Array:
     """What importance is weighed against, for the last channel of each group: [groups], at least 0.
 
     What it adds to the budget: importance per product, or per millisecond (HALP, arXiv:2110.10811). Where speed counts beside
-    another budget, times the square of the milliseconds for each unit of that: at the same budget, what runs slowly goes first.
+    another budget, the square of the milliseconds for each unit of that and no more: importance per product makes layers of
+    unlike widths, which run slower than equally narrowed ones with the same products (docs/results/speed.md).
     """
     price = _marginal(selector, selector.budget.cost)
     if selector.speed is None:
         return price
     ms = _marginal(selector, selector.speed)
-    return np.divide(ms**2, price, out=np.zeros_like(ms), where=price > 0)
+    return np.divide(ms, price, out=np.zeros_like(ms), where=price > 0) ** 2
 
 
 def _marginal(selector: Selector, cost: Cost) -> Array:
