@@ -1,6 +1,6 @@
 """Budgets against what is measured later: is the time, the file, the memory what was asked for?
 
-    uv run python benchmarks/budgets.py [NETWORK...] [--engines onnxruntime-cpu,openvino-cpu]
+    uv run python benchmarks/budgets.py [NETWORK...] [--engines onnxruntime-cpu,openvino-cpu] [--part latency|amounts]
 
 Random weights, 224 pixels, exact groups alone, 1 thread, batch 1, float form. For each network and engine:
 
@@ -166,19 +166,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--engines", type=lambda text: text.split(","), default=ENGINES)
+    parser.add_argument("--part", choices=("latency", "amounts"), help="otherwise both")
     args = parser.parse_args()
     print_machine()
     with tempfile.TemporaryDirectory() as root:
         cases = {}
-        for name in args.networks:
+        for name in args.networks if args.part != "amounts" else ():
             for engine in args.engines:
                 case = Case(name, Path(root), {"latency_ratio": 0.5}, engine)
                 if engine == args.engines[0]:
                     print(f"\n{name}:\n{reach_text(case.price)}", flush=True)
                 selection = case.settled()
                 cases[name, engine] = case, selection, case.exported(selection.mask, "settled")
-        print_latency(cases)
-        print_amounts(args.networks[0], Path(root))
+        if cases:
+            print_latency(cases)
+        if args.part != "latency":
+            print_amounts(args.networks[0], Path(root))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vpdeploy.errors import BudgetError, SurgeryError
-from vpdeploy.surgery.cost import Array, Cost, CostModel
+from vpdeploy.surgery.cost import Array, Cost, CostModel, quantity_of
 from vpdeploy.values import ChannelGroup, ChannelMask, Selection
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -108,8 +108,8 @@ def build_selector(
 ) -> Selector:
     """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain: ``requested`` of the dense network for a
     ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``steps``: as ``allowed_widths``
-    takes them; ``speed``: the quantity that importance is weighed against beside the budget's; ``stops`` tells what a kind
-    is made of where widths can get no narrower.
+    takes them; ``speed``: the quantity that importance is weighed against beside the budget's, unless that is the same;
+    ``stops`` tells what a kind is made of where widths can get no narrower.
 
     Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much, when the dense
     network does with less than was requested, and without any group to prune.
@@ -137,7 +137,7 @@ def build_selector(
             )
             for kind, amount in ((budget, requested), *limits.items())
         ),
-        speed=None if speed is None else cost.of(speed),
+        speed=None if speed in (None, quantity_of(budget)) else cost.of(speed),
     )
     told = f"(with round_to = {round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned)"
     for bound in selector.bounds:

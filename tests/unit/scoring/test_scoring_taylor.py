@@ -56,5 +56,7 @@ def test_importance_is_weighed_against_milliseconds_under_a_budget_of_them():
     common: dict[str, Any] = {"requested": 0.5, "round_to": 1, "max_removal": 0.9}
     assert prices(build_selector(groups, cost, budget="latency_ratio", **common)).tolist() == [3, 1]
     assert prices(build_selector(groups, cost, budget="macs_ratio", **common)).tolist() == [1, 2]
+    same = build_selector(groups, cost, budget="latency_ratio", speed="latency_ms", **common)
+    assert prices(same).tolist() == [3, 1]
     fast = build_selector(groups, cost, budget="macs_ratio", speed="latency_ms", **common)
     assert prices(fast).tolist() == [(3 / 1) ** 2, (1 / 2) ** 2]
