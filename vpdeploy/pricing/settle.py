@@ -122,8 +122,8 @@ class Settling:
         self.limits: dict[str, float] = {}  # of the largest mask that met everything
 
     def done(self, *, tries: int | None = None) -> Selection:
-        """The largest mask found that meets everything. Under a budget in memory alone, the next larger one was measured to
-        exceed it, but for ``SURE``.
+        """The largest mask found that meets everything. Under a budget in memory alone, what is below it by ``SURE`` while the
+        next larger one was measured not to.
 
         Raises: BudgetError when none did.
         """
@@ -135,7 +135,7 @@ class Settling:
                 f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
             )
             over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.most]
-            if not over and (best is None or _size(selection) >= _size(best[0])):
+            if not over and (best is None or self._size(selection) >= self._size(best[0])):
                 best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
             near = not self.exact and any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
             if not over and (near or self._is_free(selection)):
@@ -153,6 +153,11 @@ class Settling:
         selection, found = best
         limits = {kind: (asked, found.get(kind, reached)) for kind, (asked, reached) in selection.limits.items()}
         return replace(selection, reached=found.get(selection.budget, selection.reached), limits=limits)
+
+    def _size(self, selection: Selection) -> float:
+        """As the first of the limits that are sought counts it."""
+        bound = next(bound for bound in self.selector.bounds if bound.kind in self.brackets)
+        return bound.cost(_widths_of(selection))
 
     def _is_adjacent(self) -> bool:
         """Whether the mask that exceeded a budget in memory is the next above the one that met it."""
@@ -217,7 +222,3 @@ def next_above(selector: Selector, scores: Mapping[str, Array], kind: str) -> Ab
 
 def _widths_of(selection: Selection) -> Array:
     return np.array([*selection.mask.widths().values()], float)
-
-
-def _size(selection: Selection) -> float:
-    return float(_widths_of(selection).sum())
