@@ -20,13 +20,15 @@ ADDED = re.compile(r"(_nchwc|_token_\d+|_transposed|_Gemm|/MatMulAddFusion|/With
 PREFIX = "backbone."  # of an exported file's modules
 
 
-def layer_times(path: Path, images: NDArray[Any], *, setting: Setting, runs: int = 5) -> dict[str, float]:
+def layer_times(
+    path: Path, images: NDArray[Any], *, setting: Setting, runs: int = 5, seconds: float = 0.0
+) -> dict[str, float]:
     """Milliseconds of each module with products, by its name in the backbone, and of all the rest: "" -> ms.
 
     An activation or a sum that the engine fuses into a product counts with it: what is left of both is one node. Empty for
-    engines that do not tell. ``runs``: how many are counted, after a first one.
+    engines that do not tell. ``runs`` and ``seconds``: at least, after a first one.
     """
-    nodes = node_times(path, images, setting, runs=runs)
+    nodes = node_times(path, images, setting, runs=runs, seconds=seconds)
     if nodes is None:
         return {}
     model = onnx.load(path, load_external_data=False)

@@ -26,7 +26,7 @@ from vpdeploy.surgery.shapes import Shapes
 from vpdeploy.values import ChannelGroups, Conditions, Latency, Term
 from vpdeploy.workbench import Workbench
 
-PROFILED = 3  # runs, of many networks
+PROFILED = 0.15  # seconds of each: prices are read from single layers
 GLANCE = 0.02  # seconds of each of many networks, and a few rounds: the fit takes the mean of them
 
 
@@ -115,7 +115,7 @@ class Measured:
         images = target.images()
         reads_files = target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
         layers = [
-            layer_times(subject.file(target.setting), images, setting=target.setting, runs=PROFILED)
+            layer_times(subject.file(target.setting), images, setting=target.setting, runs=3, seconds=PROFILED)
             for subject in (subjects.values() if reads_files else ())
         ]
         return Measured(

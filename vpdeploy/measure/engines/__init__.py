@@ -54,20 +54,22 @@ def open_session(subject: Subject, setting: Setting) -> Session:
     return open_torch(subject, setting)
 
 
-def node_times(path: Path, images: NDArray[Any], setting: Setting, *, runs: int) -> Sequence[Mapping[str, Any]] | None:
-    """Of every operation of a file: name, op, provider, milliseconds (median of ``runs`` after a first one); None of engines that
-    do not tell.
+def node_times(
+    path: Path, images: NDArray[Any], setting: Setting, *, runs: int, seconds: float = 0.0
+) -> Sequence[Mapping[str, Any]] | None:
+    """Of every operation of a file: name, op, provider, milliseconds (median of ``runs`` and ``seconds``, or more, after a first
+    one); None of engines that do not tell.
 
     On a GPU ONNX Runtime notes when an operation was launched, not how long it ran.
     """
     if setting.engine == "onnxruntime-cpu":
         from vpdeploy.measure.engines.onnxruntime_engine import profile
 
-        return profile(path, images, setting=setting, runs=runs)
+        return profile(path, images, setting=setting, runs=runs, seconds=seconds)
     if setting.engine == "openvino-cpu":
         from vpdeploy.measure.engines.openvino_engine import profile_openvino
 
-        return profile_openvino(Subject(path), images, setting, runs=runs)
+        return profile_openvino(Subject(path), images, setting, runs=runs, seconds=seconds)
     return None
 
 

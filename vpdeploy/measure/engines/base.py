@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,3 +103,12 @@ def only_device(setting: Setting, *names: str) -> None:
         raise EngineError(
             f"engine {setting.engine}: got device {setting.device!r}; expected {' or '.join(map(repr, names))}, or none"
         )
+
+
+def enough(runs: int, seconds: float) -> Iterator[None]:
+    """A first turn, and then ``runs`` more and as many as ``seconds`` take."""
+    yield
+    begin, done = time.perf_counter(), 0
+    while done < runs or time.perf_counter() - begin < seconds:
+        yield
+        done += 1

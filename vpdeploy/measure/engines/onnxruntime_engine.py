@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, only_device, only_fp32
+from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, enough, only_device, only_fp32
 
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
@@ -121,8 +121,11 @@ def ort_session(
 # --- node by node -------------------------------------------------------------------------------------------------------
 
 
-def profile(path: Path, images: np.ndarray, *, setting: Setting, runs: int) -> list[Mapping[str, Any]]:
-    """What ONNX Runtime notes of every node in ``runs`` runs after a first one: name, op, provider, milliseconds (median).
+def profile(
+    path: Path, images: np.ndarray, *, setting: Setting, runs: int, seconds: float = 0.0
+) -> list[Mapping[str, Any]]:
+    """What ONNX Runtime notes of every node in ``runs`` runs and ``seconds``, or more, after a first one: name, op, provider,
+    milliseconds (median).
 
     Raises: as ``open_onnxruntime``.
     """
@@ -134,7 +137,7 @@ def profile(path: Path, images: np.ndarray, *, setting: Setting, runs: int) -> l
             profile=Path(folder) / "p",
         )
         feed = {session.get_inputs()[0].name: images}
-        for _ in range(runs + 1):
+        for _ in enough(runs, seconds):
             session.run(None, feed)
         notes = json.loads(Path(session.end_profiling()).read_text())
     times: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, only_device
+from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject, enough, only_device
 
 
 def _openvino() -> Any:
@@ -59,15 +59,17 @@ def open_openvino(subject: Subject, setting: Setting) -> Session:
     return Session(run=run, about=about, result=lambda logits: logits.copy())
 
 
-def profile_openvino(subject: Subject, images: NDArray[Any], setting: Setting, *, runs: int) -> list[dict[str, Any]]:
-    """What OpenVINO notes of every operation that it executes, in ``runs`` runs after a first one: name, op, provider,
-    milliseconds (median).
+def profile_openvino(
+    subject: Subject, images: NDArray[Any], setting: Setting, *, runs: int, seconds: float = 0.0
+) -> list[dict[str, Any]]:
+    """What OpenVINO notes of every operation that it executes in ``runs`` runs and ``seconds``, or more, after a first one:
+    name, op, provider, milliseconds (median).
 
     Raises: as ``open_openvino``.
     """
     request = _compiled(subject.file(setting), setting, PERF_COUNT="YES").create_infer_request()
     times: dict[tuple[str, str], list[float]] = {}
-    for _ in range(runs + 1):
+    for _ in enough(runs, seconds):
         request.infer({0: images}, share_inputs=True)
         for note in request.profiling_info:
             if note.real_time:  # none of what was folded into another
