@@ -187,8 +187,9 @@ def prices(selector: Selector) -> Array:
     """What importance is weighed against, for the last channel of each group: [groups], at least 0.
 
     What it adds to the budget: importance per product, or per millisecond (HALP, arXiv:2110.10811). Where speed counts beside
-    another budget, the square of the milliseconds for each unit of that, relative to the whole, and no more: importance per product makes layers of
-    unlike widths, which run slower than equally narrowed ones with the same products (docs/results/speed.md).
+    another budget, the square of the milliseconds for each unit of that, relative to the whole network's, and no more:
+    importance per product makes layers of unlike widths, which run slower than equally narrowed ones with the same products
+    (docs/results/speed.md).
     """
     price = _marginal(selector, selector.budget.cost)
     if selector.speed is None:
