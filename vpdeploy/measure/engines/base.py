@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+ENOUGH = 30
 
 
 class EngineError(VpdeployError):
@@ -106,9 +107,9 @@ def only_device(setting: Setting, *names: str) -> None:
 
 
 def enough(runs: int, seconds: float) -> Iterator[None]:
-    """A first turn, and then ``runs`` more and as many as ``seconds`` take."""
+    """A first turn, and then ``runs`` more, and as many as ``seconds`` take, up to ENOUGH: a profile notes every operation."""
     yield
     begin, done = time.perf_counter(), 0
-    while done < runs or time.perf_counter() - begin < seconds:
+    while done < runs or (done < ENOUGH and time.perf_counter() - begin < seconds):
         yield
         done += 1
