@@ -46,8 +46,8 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
         speeds = json.loads(path.read_bytes())["speeds"]
         if list(speeds) == [str(k) for k in MULTIPLES] and all(0 < float(speed) <= 1 for speed in speeds.values()):
             return {k: float(speed) for k, speed in speeds.items()}
-    times = target.times({str(k): target.candidates.subject(row) for k, row in rows.items()})
-    rates = {str(k): network.cost.macs(row) / times[str(k)] for k, row in rows.items()}
+    timed = target.glance({str(k): target.candidates.subject(row) for k, row in rows.items()})
+    rates = {str(k): network.cost.macs(row) / timed[str(k)].p50_ms for k, row in rows.items()}
     speeds = {k: round(rate / max(rates.values()), 4) for k, rate in rates.items()}
     with suppress(RunFolderError, OSError):  # a home that cannot be written to: it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)

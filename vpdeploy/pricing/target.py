@@ -16,7 +16,7 @@ from vpdeploy.measure.arms import image_shape
 from vpdeploy.measure.cost_fit import fit_layers, fit_whole, non_negative
 from vpdeploy.measure.engines import Setting, Subject
 from vpdeploy.measure.inputs import random_images
-from vpdeploy.measure.latency import QUICK, REPORTED, measure_latency
+from vpdeploy.measure.latency import QUICK, REPORTED, Pace, measure_latency
 from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
 from vpdeploy.pricing.candidates import Candidates, is_prompted
@@ -28,6 +28,7 @@ from vpdeploy.workbench import Workbench
 
 PROFILED = 0.15  # seconds of each: prices are read from single layers
 GLANCE = 0.02  # seconds of each of many networks, and a few rounds: the fit takes the mean of them
+SETTLED = 1.0  # seconds of a mask and of the dense network
 
 
 @contextmanager
@@ -52,24 +53,18 @@ class Target:
     def images(self) -> Any:
         return random_images(self.candidates.form, self.image_shape, batch=self.setting.batch, seed=0)
 
-    def times(self, subjects: Mapping[str, Subject], *, seconds: float = GLANCE) -> dict[str, float]:
-        """Median milliseconds of each, in the same rounds."""
-        return {name: row.p50_ms for name, row in self.timed(subjects, seconds=seconds).items()}
+    def glance(self, subjects: Mapping[str, Subject]) -> Mapping[str, Latency]:
+        """Of many networks, in the same rounds: a first look."""
+        return self._timed(subjects, GLANCE, QUICK)
 
-    def timed(self, subjects: Mapping[str, Subject], *, seconds: float = GLANCE) -> Mapping[str, Latency]:
-        return measure_latency(
-            subjects,
-            self.images(),
-            form=self.candidates.form,
-            setting=self.setting,
-            seconds=seconds,
-            pace=QUICK if seconds == GLANCE else REPORTED,
-        ).latencies
+    def against_dense(self, widths: Array) -> tuple[float, float]:
+        """Median milliseconds at ``widths`` and, in the same rounds, of the dense arm: as a report would tell them."""
+        found = self._timed({"at": self.candidates.subject(widths), "dense": self.dense()}, SETTLED, REPORTED)
+        return found["at"].p50_ms, found["dense"].p50_ms
 
-    def against_dense(self, widths: Array, *, seconds: float = 1.0) -> tuple[float, float]:
-        """Median milliseconds at ``widths`` and, in the same rounds, of the dense arm."""
-        found = self.times({"at": self.candidates.subject(widths), "dense": self.dense()}, seconds=seconds)
-        return found["at"], found["dense"]
+    def _timed(self, subjects: Mapping[str, Subject], seconds: float, pace: Pace) -> Mapping[str, Latency]:
+        images, form = self.images(), self.candidates.form
+        return measure_latency(subjects, images, form=form, setting=self.setting, seconds=seconds, pace=pace).latencies
 
     def dense(self) -> Subject:
         return Subject(self.candidates.dense_without_prompt(), self.candidates.dense_module)
@@ -110,7 +105,7 @@ class Measured:
         subjects, found = _written(target, widths, range(len(widths)) if memory else (0, last))
         dense = target.dense()
         own = str(last) if dense.path == subjects[str(last)].path else "dense"  # the same where there is no prompt
-        timed = target.timed({**subjects, own: dense})
+        timed = target.glance({**subjects, own: dense})
         times = {name: row.p50_ms for name, row in timed.items()}
         images = target.images()
         reads_files = target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
@@ -146,11 +141,12 @@ def _written(target: Target, widths: Array, weighed: Sequence[int]) -> tuple[dic
     """The networks of ``widths`` by their number, and the memory of those ``weighed``: in processes of their own, the largest
     first, while further files are written.
     """
-    subjects: dict[str, Subject] = {}
+    subjects: dict[int, Subject] = {}
     peaks: dict[int, Future[float | None]] = {}
     with ThreadPoolExecutor(2) as pool:
         for i in reversed(range(len(widths))):
-            subjects[str(i)] = target.candidates.subject(widths[i])
+            subjects[i] = target.candidates.subject(widths[i])
             if i in weighed and target.setting.engine == "onnxruntime-cpu":
                 peaks[i] = pool.submit(target.memory, widths[i])
-    return dict(sorted(subjects.items())), [peaks[i].result() for i in sorted(peaks)] or [None]
+    found = [peaks[i].result() for i in sorted(peaks)]
+    return {str(i): subjects[i] for i in sorted(subjects)}, found or [None]
