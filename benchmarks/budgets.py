@@ -10,7 +10,7 @@ Random weights, 224 pixels, exact groups alone, 1 thread, batch 1, float form. F
   measured in turns with the dense file by a session of its own.
 
 And of the first network on ONNX Runtime file_mib and memory_mib at 0.6 of what the dense one has: the figures of the exported
-file (the larger of its forms; the largest of three processes), and of that of the next mask in the order of the scores.
+file (the larger of its forms; the least and the largest of eight processes), and of that of the next mask in the order of the scores.
 """
 
 from __future__ import annotations
@@ -128,14 +128,15 @@ def next_mask(case: Case, selection: Selection, kind: str) -> ChannelMask:
     return above.selection.mask
 
 
-def peak(case: Case, mask: ChannelMask) -> float:
-    """Peak resident MiB: the largest of three processes."""
+def peaks(case: Case, mask: ChannelMask) -> str:
+    """Peak resident MiB of eight processes, the least and the largest."""
     path = case.exported(mask, "peak")
-    rows = [measure_memory(path, form="float", image_shape=(3, 224, 224), batch=1, threads=1) for _ in range(3)]
-    return max(row.peak_rss_mib for row in rows if row is not None)
+    rows = [measure_memory(path, form="float", image_shape=(3, 224, 224), batch=1, threads=1) for _ in range(8)]
+    found = [row.peak_rss_mib for row in rows if row is not None]
+    return f"{min(found):.3f} to {max(found):.3f}"
 
 
-def largest(case: Case, mask: ChannelMask) -> float:
+def largest(case: Case, mask: ChannelMask) -> str:
     """MiB of the larger of the forms that would ship."""
     found = []
     for form in case.recipe.export.forms:
@@ -143,7 +144,7 @@ def largest(case: Case, mask: ChannelMask) -> float:
         files = Candidates(case.work, case.groups, folder, form=form, prompted=False)
         files.export(cut(files.backbone, plan(files.backbone, case.groups.prunable, mask)), folder / "cut.onnx")
         found.append((folder / "cut.onnx").stat().st_size / 2**20)
-    return max(found)
+    return f"{max(found):.3f}"
 
 
 def print_amounts(name: str, folder: Path) -> None:
@@ -156,9 +157,9 @@ def print_amounts(name: str, folder: Path) -> None:
         asked = round(0.6 * dense[kind], 2)
         case = Case(name, folder, {kind: asked}, ENGINES[0])
         selection = case.settled()
-        measured = peak if kind == "memory_mib" else largest
+        measured = peaks if kind == "memory_mib" else largest
         here, above = measured(case, selection.mask), measured(case, next_mask(case, selection, kind))
-        print(f"| {name} | {kind} | {asked:g} | {here:.3f} | {above:.3f} |", flush=True)
+        print(f"| {name} | {kind} | {asked:g} | {here} | {above} |", flush=True)
 
 
 def main() -> None:
