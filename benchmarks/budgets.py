@@ -9,8 +9,9 @@ Random weights, 224 pixels, exact groups alone, 1 thread, batch 1, float form. F
 - latency_ratio = 0.5: a mask of magnitude scores is settled, cut in torch, exported in earnest and, after everything else,
   measured in turns with the dense file by a session of its own.
 
-And of the first network on ONNX Runtime file_mib and memory_mib at 0.6 of what the dense one has: the figures of the exported
-file (the larger of its forms; the least and the largest of eight processes), and of that of the next mask in the order of the scores.
+And of the first network on ONNX Runtime file_mib and memory_mib at 0.6 of what the dense one has: the figures of the
+exported file (the larger of its forms; the least and the largest of eight processes), and of that of the next mask in the
+order of the scores.
 """
 
 from __future__ import annotations
