@@ -63,7 +63,7 @@ def main() -> None:
 def compare(path: Path, deployable: Deployable, photograph: Image.Image, *, threads: int, seconds: float) -> None:
     """Time one exported file against the usual transform; the file must do the same work as ``deployable``."""
     torch.set_num_threads(threads)
-    how, feed = deployable.resize_how, {"image": np.array(photograph)[None]}
+    how, feed = deployable.resize.how, {"image": np.array(photograph)[None]}
     session, transform = ort_session(path, threads=threads), usual_transform(how)
     (ours,) = session.run(None, feed)
     wanted = deployable(torch.from_numpy(feed["image"])).numpy()

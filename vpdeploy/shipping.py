@@ -16,7 +16,7 @@ from vpdeploy import run_folder
 from vpdeploy.data.raw import raw_batches, some_images
 from vpdeploy.data.resize import resize
 from vpdeploy.deploy.bake import Deployable, bake
-from vpdeploy.deploy.onnx_file import to_onnx
+from vpdeploy.deploy.onnx_file import Core, to_onnx
 from vpdeploy.deploy.package import write_package
 from vpdeploy.deploy.parity import check_parity
 from vpdeploy.deploy.session import describe
@@ -73,12 +73,13 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
     share = VECTOR_BYTES // (len(recipe.arms) * len(recipe.export.forms))
     vectors: dict[str, Vectors] = {}
     parities: list[Parity] = []
+    core: Core | None = None
     for form in recipe.export.forms:
         path, deployable = onnx_file(work.run, arm, form), baked(work, arm, form)
         about = describe(recipe, arm=arm, form=form, classes=work.source.classes, version=version("vpdeploy"))
         if arm.startswith("pruned"):
             about["certificate"] = _certificate(work, arm)
-        to_onnx(deployable, path, opset=recipe.export.opset, metadata=about)
+        core = to_onnx(deployable, path, opset=recipe.export.opset, metadata=about, core=core)
         if arm.startswith("pruned"):
             _check_size(path, recipe)
         parity, vectors[path.name] = check_parity(deployable, path, images=images, vector_bytes=share)

@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.backends.backend_svg
 import onnxscript
@@ -20,11 +20,16 @@ import sklearn.datasets
 import torch
 
 from vpdeploy import cli, pipeline
+from vpdeploy.deploy.bake import Deployable
+from vpdeploy.deploy.onnx_file import to_onnx
+from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.report import render
 
 LOADED = (matplotlib.backends.backend_svg, onnxscript, sklearn.datasets, pipeline, render)
-with redirect_stdout(sys.stderr):  # the exporter's first use imports and registers for seconds
-    torch.onnx.export(torch.nn.Linear(1, 1).eval(), (torch.zeros(1, 1),), dynamo=True, verbose=False)
+CANVAS = Canvas(32, 32, mean=(0, 0, 0), std=(1, 1, 1), prompt=None)
+with TemporaryDirectory() as exports:  # the exporter's first use imports for seconds, and a resize is exported once
+    images = Deployable(torch.nn.Identity(), CANVAS, form="uint8", image_size=32, resize_how="stretch")
+    to_onnx(images.eval(), Path(exports) / "images.onnx", opset=18, metadata={})
 
 
 def arrange(at: str, nth: int, what: str) -> None:

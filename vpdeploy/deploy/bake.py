@@ -34,6 +34,18 @@ class ConstantPrompt(nn.Module):
         return self.canvas
 
 
+class Resize(nn.Module):
+    """The deployed resize: uint8 [n, h, w, 3], any h and w -> float32 [n, 3, image_size, image_size] in [0, 1]."""
+
+    def __init__(self, image_size: int, how: str):
+        super().__init__()
+        self.image_size = image_size
+        self.how = how
+
+    def forward(self, image: Tensor) -> Tensor:
+        return resize(image, self.image_size, how=self.how)
+
+
 class Deployable(nn.Module):
     """What ships: image -> logits float32 [n, k].
 
@@ -46,11 +58,10 @@ class Deployable(nn.Module):
         self.backbone = backbone
         self.canvas = canvas
         self.form = form
-        self.image_size = image_size
-        self.resize_how = resize_how
+        self.resize = Resize(image_size, resize_how)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = resize(image, self.image_size, how=self.resize_how) if self.form == "uint8" else image
+        x = self.resize(image) if self.form == "uint8" else image
         return cast(Tensor, self.backbone(self.canvas(x)))  # [n, 3, s, s] -> [n, 3, C, C] -> [n, k]
 
 

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import ast
+import copy
 import gc
 import logging
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from torch import nn
 
-from vpdeploy.deploy.bake import Deployable
+from vpdeploy.deploy.bake import Deployable, Resize
 from vpdeploy.errors import ModelError
 from vpdeploy.run_folder import write_bytes
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+Core = onnx.ModelProto  # the graph of images that are resized already: that of form "float"
 LIMIT_BYTES = 2**31 - 2**24  # a protobuf message holds less than 2 GiB; 16 MiB are left for the graph itself
 
 
-def to_onnx(deployable: Deployable, path: Path, *, opset: int, metadata: Mapping[str, str]) -> None:
+def to_onnx(
+    deployable: Deployable, path: Path, *, opset: int, metadata: Mapping[str, str], core: Core | None = None
+) -> Core:
     """Write ``deployable`` to ``path``: input "image", output "logits", any batch (and any h and w for form "uint8").
 
-    One file, without a second one for the weights. It appears under its name only when it is complete and checked.
+    One file, without a second one for the weights. It appears under its name only when it is complete and checked. Exporting is
+    slow, and both forms hold the same: give what the first returned as ``core`` of the second.
 
     Raises: ModelError when the network cannot be exported, or not with ``opset`` or a later one, or takes 2 GiB or
     more; RunFolderError when the file cannot be written.
@@ -38,46 +45,91 @@ def to_onnx(deployable: Deployable, path: Path, *, opset: int, metadata: Mapping
             f"{path.name}: the weights take {size / 2**30:.2f} GiB; one ONNX file holds less than 2 GiB: "
             "use a smaller network or a smaller budget"
         )
-    model = _without_traces(_named_by_module(_trace(deployable, path, opset=opset)))
-    reached = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if reached < opset:
-        raise ModelError(
-            f"{path.name}: export.opset is {opset}, but the exporter of torch {torch.__version__} got no further than "
-            f"{reached}; set export.opset = {reached}, or install a newer torch and onnxscript"
-        )
+    core = _core(deployable, path, opset=opset) if core is None else core
+    model = core
+    if deployable.form == "uint8":
+        model = _behind(_resizing(deployable.resize.image_size, deployable.resize.how, opset_of(core)), core)
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
     onnx.checker.check_model(model, full_check=True)
     write_bytes(path, model.SerializeToString())
+    return core
 
 
-def _trace(deployable: Deployable, path: Path, *, opset: int) -> onnx.ModelProto:
-    """The graph as the dynamo exporter gives it."""
-    s = deployable.image_size
-    if deployable.form == "uint8":
-        # Height and width differ from each other and from image_size, so that nothing is taken for a constant.
-        example = torch.zeros(2, s + 7, s + 11, 3, dtype=torch.uint8)
-        axes = {0: "n", 1: "h", 2: "w"}
-    else:
-        example = torch.zeros(2, 3, s, s)
-        axes = {0: "n"}
+def _core(deployable: Deployable, path: Path, *, opset: int) -> Core:
+    """Form "float": what takes images that are resized already."""
+    module = copy.copy(deployable)  # shares the weights
+    module.form = "float"
     try:
-        with _silence(), _seldom_collected(), torch.no_grad():
-            program: Any = torch.onnx.export(
-                deployable,
-                (example,),
-                dynamo=True,
-                opset_version=opset,
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_shapes={"image": axes},
-                verbose=False,
-            )
+        core = _trace(module, torch.zeros(2, 3, *[deployable.resize.image_size] * 2), ("n",), "logits", opset=opset)
     except torch.onnx.errors.OnnxExporterError as e:
         raise ModelError(
             f"{path.name}: torch {torch.__version__} cannot export this network to ONNX ({_reason(e)}); expected a "
             "forward of tensor operations that fits any batch size: rewrite that part of the model, or exclude it"
         ) from e
-    return program.model_proto
+    if (reached := opset_of(core)) < opset:
+        raise ModelError(
+            f"{path.name}: export.opset is {opset}, but the exporter of torch {torch.__version__} got no further than "
+            f"{reached}; set export.opset = {reached}, or install a newer torch and onnxscript"
+        )
+    return core
+
+
+@lru_cache(maxsize=8)
+def _resizing(image_size: int, how: str, opset: int) -> onnx.ModelProto:
+    """The resize alone. It knows nothing of the network behind it, so it is exported once."""
+    module = nn.Sequential(OrderedDict(resize=Resize(image_size, how))).eval()
+    # Height and width differ from each other and from image_size, so that nothing is taken for a constant.
+    example = torch.zeros(2, image_size + 7, image_size + 11, 3, dtype=torch.uint8)
+    model = _trace(module, example, ("n", "h", "w"), "resized", opset=opset)
+    for node in model.graph.node:
+        node.input[:] = map(_of_resize, node.input)
+        node.output[:] = map(_of_resize, node.output)
+    for named in (*model.graph.initializer, *model.graph.output):
+        named.name = _of_resize(named.name)
+    return model
+
+
+def _of_resize(name: str) -> str:
+    """A name that the graph behind cannot have too; an empty one is an input left out."""
+    return name if name in ("", "image") else f"resize/{name}"
+
+
+def _behind(front: onnx.ModelProto, core: Core) -> onnx.ModelProto:
+    """What ``core`` computes of the output of ``front``."""
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    for part in ("node", "input"):
+        model.graph.ClearField(part)
+        getattr(model.graph, part).extend(getattr(front.graph, part))
+    model.graph.initializer.extend(front.graph.initializer)
+    given = {"image": front.graph.output[0].name}
+    for node in core.graph.node:
+        behind = model.graph.node.add()
+        behind.CopyFrom(node)
+        behind.input[:] = [given.get(name, name) for name in node.input]
+    return model
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def _trace(
+    module: nn.Module, example: torch.Tensor, axes: tuple[str, ...], output: str, *, opset: int
+) -> onnx.ModelProto:
+    """The graph as the dynamo exporter gives it, of any size of the ``axes`` that come first."""
+    with _silence(), _seldom_collected(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["image"],
+            output_names=[output],
+            dynamic_shapes=(dict(enumerate(axes)),),
+            verbose=False,
+        )
+    return _without_traces(_named_by_module(program.model_proto))
 
 
 def _named_by_module(model: onnx.ModelProto) -> onnx.ModelProto:

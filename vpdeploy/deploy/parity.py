@@ -10,7 +10,6 @@ import onnxruntime
 import torch
 from PIL import Image
 
-from vpdeploy.data.resize import resize
 from vpdeploy.deploy.bake import Deployable
 from vpdeploy.deploy.session import open_session
 from vpdeploy.deploy.vectors import Vectors, choose_vectors
@@ -152,4 +151,4 @@ def _scaled(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _resized(deployable: Deployable, image: np.ndarray) -> np.ndarray:
     """[h, w, 3] -> float32 [1, 3, image_size, image_size] in [0, 1]."""
     batch = torch.from_numpy(np.ascontiguousarray(image))[None]
-    return resize(batch, deployable.image_size, how=deployable.resize_how).numpy()
+    return deployable.resize(batch).numpy()

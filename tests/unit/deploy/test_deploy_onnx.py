@@ -193,6 +193,27 @@ def test_the_file_is_alone_complete_and_free_of_traces_of_training_and_of_this_m
     assert {path.name for path in folder.iterdir()} == expected  # no .data, no temporary file
 
 
+def constants(path: Path) -> dict[str, bytes]:
+    return {tensor.name: tensor.raw_data for tensor in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_both_forms_hold_the_same_network_and_uint8_a_resize_in_front_of_it(exported, how, tmp_path):
+    baked, path = exported["uint8", how]
+    own, whole = constants(exported["float", "stretch"][1]), constants(path)
+    assert own.items() <= whole.items()
+    assert all(name.startswith("resize/") for name in whole.keys() - own.keys())
+    core = to_onnx(exported["float", "stretch"][0], tmp_path / "float.onnx", opset=18, metadata={"form": "float"})
+    to_onnx(baked, tmp_path / "again.onnx", opset=18, metadata=read_metadata(path), core=core)
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
+def test_nodes_are_named_once(exported):
+    for _, path in exported.values():
+        names = [node.name for node in onnx.load(path).graph.node]
+        assert len(set(names)) == len(names)
+
+
 def test_exporting_again_gives_the_same_bytes(exported, tmp_path):
     baked, path = exported["float", "stretch"]
     to_onnx(baked, tmp_path / "again.onnx", opset=18, metadata=read_metadata(path))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from vpdeploy.deploy.bake import Deployable
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.measure.engines import Setting
 from vpdeploy.measure.engines.onnxruntime_engine import profile
 from vpdeploy.measure.layers import layer_times, layers_of
 from vpdeploy.measure.macs import count_macs
+from vpdeploy.prompts.canvas import Canvas
 
 SIDE = 16
 
@@ -31,21 +33,11 @@ class Block(nn.Module):
         return self.head(nn.functional.gelu(self.tokens(x.flatten(2).transpose(1, 2))).mean(1))
 
 
-class Whole(nn.Module):
-    form, image_size = "float", SIDE
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = Block()
-
-    def forward(self, image):
-        return self.backbone(image * 2 - 1)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("layers") / "whole.onnx"
-    whole = Whole().eval()
+    canvas = Canvas(SIDE, SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), prompt=None)
+    whole = Deployable(Block(), canvas, form="float", image_size=SIDE, resize_how="stretch").eval()
     to_onnx(whole, path, opset=18, metadata={})
     return whole, path
 
