@@ -26,9 +26,9 @@ from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.report import render
 
 LOADED = (matplotlib.backends.backend_svg, onnxscript, sklearn.datasets, pipeline, render)
-CANVAS = Canvas(32, 32, mean=(0, 0, 0), std=(1, 1, 1), prompt=None)
+CANVAS = Canvas(8, 8, mean=(0, 0, 0), std=(1, 1, 1), prompt=None)
 with TemporaryDirectory() as exports:  # the exporter's first use imports for seconds, and a resize is exported once
-    images = Deployable(torch.nn.Identity(), CANVAS, form="uint8", image_size=32, resize_how="stretch")
+    images = Deployable(torch.nn.Identity(), CANVAS, form="uint8", image_size=8, resize_how="stretch")
     to_onnx(images.eval(), Path(exports) / "images.onnx", opset=18, metadata={})
 
 
