@@ -47,10 +47,10 @@ def every_name() -> list[str]:
 # --- in a process of its own ------------------------------------------------------------------------------------------------
 
 
-def cut_one(name: str, *, size: int | None = None) -> dict[str, Any]:
+def cut_one(name: str, *, size: int | None = None, export: bool = True) -> dict[str, Any]:
     """Cut at RATIO (or FALLBACK, where that is out of reach), export, compare; the proofs are float64 and ONNX Runtime's.
 
-    ``size``: of the input, pixels; None: the network's own.
+    ``size``: of the input, pixels; None: the network's own. Without ``export`` nothing is said of the file.
     """
     import numpy as np
     import torch
@@ -78,11 +78,14 @@ def cut_one(name: str, *, size: int | None = None) -> dict[str, Any]:
             result, asked = vpdeploy.prune_once(named.backbone, example, macs_ratio=FALLBACK), FALLBACK
         proved = result.certificate
         settle(result.model, images[:8], classifier=named.classifier)
-        with tempfile.TemporaryDirectory() as folder:
+        exported = {}
+        if export:
             spec = vpdeploy.ExportSpec(
                 [str(i) for i in range(named.classes)], side, mean=named.input.mean, std=named.input.std, form="float"
             )
-            parity = vpdeploy.export_onnx(result.model, spec, Path(folder) / "cut.onnx", images=pictures[:4])
+            with tempfile.TemporaryDirectory() as folder:
+                parity = vpdeploy.export_onnx(result.model, spec, Path(folder) / "cut.onnx", images=pictures[:4])
+            exported = {"torch_vs_onnx": parity.relative_error, "logit_spread": parity.logit_spread}
     except VpdeployError as e:
         return {"error": f"{type(e).__name__}: {e}"}
     return {
@@ -90,8 +93,7 @@ def cut_one(name: str, *, size: int | None = None) -> dict[str, Any]:
         "reached": proved.reached,
         "masked_vs_pruned": max(proved.masked_vs_pruned, proved.masked_vs_pruned_random),
         "mask_effect": proved.mask_effect,
-        "torch_vs_onnx": parity.relative_error,
-        "logit_spread": parity.logit_spread,
+        **exported,
         "params_ratio": count(result.model) / count(named.backbone),
     }
 

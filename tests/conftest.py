@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("laws")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory) -> Iterator[None]:
+    """What is kept between runs is kept for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def fresh(*arguments: object, code: str | None = None) -> Done:
 
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """The folder of a finished smoke run, made by the real command, and what that said. Copy it before changing it."""
-    # One for all workers of pytest-xdist. Its xdist_group is no help: pytest 9.2 hides it (pytest-xdist issue 1386).
+    # One for all workers of pytest-xdist, which share out whole files of tests.
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
     folder.mkdir(exist_ok=True)

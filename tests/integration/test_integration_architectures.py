@@ -1,5 +1,6 @@
 """A spread of architectures through what `benchmarks/architectures.py` does with all: analysed, cut at half the MACs by exact
-groups, exported, compared. Small inputs where the network takes them; docs/architectures.md has every network at its own.
+groups, some of them exported, compared. Small inputs where the network takes them; docs/architectures.md has every network,
+exported, at its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ SPREAD = {
     "torchvision:vit_b_32": 224,
     "timm:vit_tiny_patch16_224": 224,
 }
+# Exporting takes most of the time. These have what a file can get wrong: a flatten, groups, gathers, gates, heads.
+EXPORTED = {"alexnet", "resnext50_32x4d", "shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t", "vit_tiny_patch16_224"}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +45,13 @@ def benchmark():
 
 @pytest.mark.parametrize(("name", "size"), SPREAD.items(), ids=list(SPREAD))
 def test_half_of_the_macs_by_exact_groups(benchmark, name, size):
-    made = benchmark.cut_one(name, size=size)
+    export = name.partition(":")[2] in EXPORTED
+    made = benchmark.cut_one(name, size=size, export=export)
     assert "error" not in made, made
     assert made["asked"] == 0.5 and 0.45 < made["reached"] <= 0.5
     assert made["masked_vs_pruned"] <= 1e-10  # float64: agreement is 1e-16 to 1e-13
     assert made["mask_effect"] >= 1e-3  # or the agreement would be about nothing
-    assert made["torch_vs_onnx"] <= 1e-4  # float32
-    assert made["logit_spread"] >= 1e-2
     assert made["params_ratio"] < 0.9
+    if export:
+        assert made["torch_vs_onnx"] <= 1e-4  # float32
+        assert made["logit_spread"] >= 1e-2

@@ -13,8 +13,6 @@ from integration.command_line import Forks, finished_run, forks, smoke
 
 from vpdeploy import run_folder
 
-pytestmark = pytest.mark.xdist_group("interrupted")  # one server of forks for all
-
 # stage -> the file at whose writing it is stopped, and which writing of it: the second epoch's state leaves the first
 # one's to go on from.
 PLACES = {

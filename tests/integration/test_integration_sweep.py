@@ -6,26 +6,23 @@ import shlex
 from pathlib import Path
 
 import pytest
-from integration.command_line import QUICKSTART, SMOKE, Done, here, settings
+from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, settings
 
 from vpdeploy import run_folder
 from vpdeploy.values import Report, Sweep
 
-pytestmark = pytest.mark.xdist_group("sweep")
+
+BUDGETS = ("--macs-ratio", "0.7,0.4")
+
+
+def sweep_into(folder: Path) -> tuple[str, ...]:
+    return "sweep", str(QUICKSTART), "-o", str(folder), *settings(SMOKE), *BUDGETS
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> tuple[Path, Done]:
     folder = tmp_path_factory.mktemp("sweep") / "points"
-    capture = pytest.MonkeyPatch()
-    capture.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    return folder, run_sweep(folder, "--macs-ratio", "0.7,0.4")
-
-
-def run_sweep(folder: Path, *amounts: str) -> Done:
-    from integration.command_line import fresh
-
-    return fresh("sweep", str(QUICKSTART), "-o", str(folder), *settings(SMOKE), *amounts)
+    return folder, fresh(*sweep_into(folder))
 
 
 def test_a_sweep_searches_once_and_cuts_at_every_budget(swept):
@@ -55,10 +52,10 @@ def test_its_page_holds_every_point_the_front_and_the_commands(swept):
     assert "macs\\_ratio 0.7" in (folder / "sweep.md").read_text()
 
 
-def test_the_same_sweep_again_trains_nothing(swept):
+def test_the_same_sweep_again_trains_nothing(swept, capsys):
     folder, _ = swept
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    done = run_sweep(folder, "--macs-ratio", "0.7,0.4")
+    done = here(capsys, *sweep_into(folder))
     assert done.status == 0, done.err
     assert "epoch" not in done.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before

@@ -71,29 +71,36 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
 
 
 def _with_measured(made: Price, target: Target, network: Network) -> Price:
-    """``made`` with what latency and memory cost."""
-    widths = _mixed(network, made.round_to)
-    measured = Measured.of(target, widths, memory="memory_mib" in network.recipe.budget.measured)
-    costs = {**made.costs, "latency_ms": measured.latency_terms(network.shapes)}
+    """``made`` with what latency and memory cost; where nothing is chosen by them, the narrowest and the dense network alone are
+    measured.
+    """
+    budget, costs = network.recipe.budget, made.costs
+    by_memory = "memory_mib" in budget.measured
+    by_latency = budget.speed or "latency_ms" in budget.measured
+    widths = _mixed(network, made.round_to, MIXED if by_latency or by_memory else 0)
+    measured = Measured.of(target, widths, layers=by_latency, memory=by_memory)
+    if by_latency:
+        costs = {**costs, "latency_ms": measured.latency_terms(network.shapes)}
     dense = {**made.dense, "latency_ms": measured.dense_ms}
     least = {"latency_ms": float(measured.ms[0])}
     if measured.memory is not None:
-        costs["memory_mib"] = measured.memory_terms(network.shapes, costs["file_mib"])
+        costs = {**costs, "memory_mib": measured.memory_terms(network.shapes, costs["file_mib"])}
         dense["memory_mib"], least["memory_mib"] = float(measured.memory[-1]), float(measured.memory[0])
     return replace(made, costs=costs, dense=dense, least=least, conditions=measured.conditions)
 
 
-def _mixed(network: Network, round_to: int) -> Array:
+def _mixed(network: Network, round_to: int, between: int) -> Array:
     """Widths of the networks from which costs are fitted: [networks, groups]. The first is the narrowest, the last the dense one;
-    between them every group takes every level once, in an order of its own, so that inputs and outputs of a layer vary apart.
+    in those ``between`` every group takes every level once, in an order of its own, so that inputs and outputs of a layer vary
+    apart.
     """
     generator = np.random.default_rng(0)
     columns = []
     for group in network.groups.prunable:
         allowed = network.allowed(group, round_to)
-        levels = [allowed[int((i + 0.5) / MIXED * len(allowed))] for i in generator.permutation(MIXED)]
+        levels = [allowed[int((i + 0.5) / between * len(allowed))] for i in generator.permutation(between)]
         columns.append([allowed[0], *levels, allowed[-1]])
-    return np.array(columns, float).T.reshape(MIXED + 2, len(columns))
+    return np.array(columns, float).T.reshape(between + 2, len(columns))
 
 
 def _file_terms(work: Workbench, groups: ChannelGroups, candidates: Candidates, shapes: Shapes) -> tuple[Term, ...]:

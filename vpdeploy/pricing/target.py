@@ -88,7 +88,7 @@ class Target:
 @dataclass(frozen=True)
 class Measured:
     """What was measured of networks of ``widths`` [networks, groups], the narrowest first and the dense one last. ``layers``:
-    milliseconds of each module, where the engine tells; ``memory`` [networks], of the narrowest and the dense one alone where
+    milliseconds of each module, where they were asked for and the engine tells; ``memory`` [networks], of the narrowest and the dense one alone where
     no budget asks for it.
     """
 
@@ -100,7 +100,7 @@ class Measured:
     memory: Array | None
 
     @staticmethod
-    def of(target: Target, widths: Array, *, memory: bool) -> Measured:
+    def of(target: Target, widths: Array, *, layers: bool, memory: bool) -> Measured:
         last = len(widths) - 1
         subjects, found = _written(target, widths, range(len(widths)) if memory else (0, last))
         dense = target.dense()
@@ -108,17 +108,17 @@ class Measured:
         timed = target.glance({**subjects, own: dense})
         times = {name: row.p50_ms for name, row in timed.items()}
         images = target.images()
-        reads_files = target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
-        layers = [
+        told = layers and target.setting.engine in ("onnxruntime-cpu", "openvino-cpu")
+        by_layer = [
             layer_times(subject.file(target.setting), images, setting=target.setting, runs=3, seconds=PROFILED)
-            for subject in (subjects.values() if reads_files else ())
+            for subject in (subjects.values() if told else ())
         ]
         return Measured(
             widths,
             np.array([times[name] for name in subjects]),
             times[own],
             timed[own].conditions,
-            layers,
+            by_layer,
             None if None in found else np.array(found, float),
         )
 
