@@ -11,7 +11,6 @@ from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, setti
 from vpdeploy import run_folder
 from vpdeploy.values import Report, Sweep
 
-
 BUDGETS = ("--macs-ratio", "0.7,0.4")
 
 

@@ -87,9 +87,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of networks of ``widths`` [networks, groups], the narrowest first and the dense one last. ``layers``:
-    milliseconds of each module, where they were asked for and the engine tells; ``memory`` [networks], of the narrowest and the dense one alone where
-    no budget asks for it.
+    """What was measured of networks of ``widths`` [networks, groups], the narrowest first and the dense one last.
+
+    layers: milliseconds of each module, where they were asked for and the engine tells; memory [networks]: of the narrowest and
+    the dense one alone where no budget asks for it.
     """
 
     widths: Array

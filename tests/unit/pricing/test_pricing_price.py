@@ -91,6 +91,21 @@ def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
     assert "lower budget.round_to, or raise budget.max_removal" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("budget", "fitted"),
+    [
+        ({"macs_ratio": 0.5}, []),
+        ({"macs_ratio": 0.5, "speed": True}, ["latency_ms"]),
+        ({"macs_ratio": 0.5, "limits": {"latency_ms": 1000.0}}, ["latency_ms"]),
+    ],
+)
+def test_times_are_fitted_where_something_is_chosen_by_them(tmp_path, budget, fitted):
+    found = priced(workbench(tmp_path, budget))
+    assert [name for name in found.costs if name == "latency_ms"] == fitted
+    (told,) = (row for row in found.table if row.quantity == "latency_ms")
+    assert 0 < told.smallest < told.dense
+
+
 def test_a_network_whose_narrower_ones_do_not_run_still_goes_the_road(tmp_path, monkeypatch):
     """Unless a budget needs the times."""
 
