@@ -62,7 +62,8 @@ def _check(kind: str, amounts: Sequence[float]) -> None:
         for amount in amounts
         if not 0 < amount <= (1 if kind in RATIOS else float("inf"))
     ]
-    twice = [amount for number, amount in enumerate(amounts) if amount in amounts[:number]]
+    names = [f"{amount:g}" for amount in amounts]  # as folders are called
+    twice = [amount for number, amount in enumerate(amounts) if names[number] in names[:number]]
     problems += [f"--{kind.replace('_', '-')}: got {amount:g} twice; expected each once" for amount in twice]
     if problems or not amounts:
         raise RecipeError("sweep", problems or ["expected at least one budget, such as --macs-ratio 0.7,0.5"])
