@@ -1,6 +1,7 @@
 """MACs against milliseconds: networks cut by vpdeploy beside ones laid out by hand, and beside Torch-Pruning's plain pruner.
 
-    uv run python benchmarks/speed.py [NETWORK...] [--threads 1,2] [--batches 1,8] [--engine onnxruntime-cpu] [--out FILE]
+    uv run python benchmarks/speed.py [NETWORK...] [--threads 1,2] [--batches 1,8] [--engine onnxruntime-cpu] [--precision fp32]
+    uv run python benchmarks/speed.py --engine torch-cudagraphs --threads 1 --batches 1,32,256   # on a GPU; fp16, bf16
 
 Random weights, 224 pixels, exact groups alone. Of each network and MACs ratio:
 
@@ -21,7 +22,8 @@ import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -122,9 +124,9 @@ def _pruned(network: nn.Module, ratio: float) -> nn.Module:
     return small.eval().requires_grad_(False)
 
 
-def subjects_of(name: str, folder: Path, engine: str, threads: list[int]) -> Iterator[tuple[str, Subject, float]]:
+def subjects_of(name: str, folder: Path, settings: list[Setting]) -> Iterator[tuple[str, Subject, float]]:
     """("dense", "ours 0.5 for 1", ..., what runs, its MACs). Ours are priced at the thread count that they are for."""
-    priced = {count: _priced(name, folder, engine, count) for count in threads}
+    priced = {setting.threads: _priced(name, folder, setting) for setting in settings}
     work, groups, _ = next(iter(priced.values()))
     (files := folder / f"{name}-files").mkdir()
     candidates = Candidates(work, groups, files, form="float", prompted=False)
@@ -146,9 +148,9 @@ def subjects_of(name: str, folder: Path, engine: str, threads: list[int]) -> Ite
         yield from _torch_pruning_subject(work, candidates, macs, ratio)
 
 
-def _priced(name: str, folder: Path, engine: str, threads: int) -> tuple[Workbench, ChannelGroups, Price]:
-    recipe = recipe_of(name, folder, macs_ratio=min(RATIOS), target={"engine": engine, "threads": threads})
-    work = open_workbench(recipe, folder / f"{name}-{threads}", redo=None, display=Display(quiet=True))
+def _priced(name: str, folder: Path, setting: Setting) -> tuple[Workbench, ChannelGroups, Price]:
+    recipe = recipe_of(name, folder, macs_ratio=min(RATIOS), target=asdict(setting))
+    work = open_workbench(recipe, folder / f"{name}-{setting.threads}", redo=None, display=Display(quiet=True))
     groups = pipeline.grouped(work)
     return work, groups, pipeline.priced(work, groups)
 
@@ -162,29 +164,32 @@ def _torch_pruning_subject(
         pruned = plain_torch_pruning(plain, macs)
         path = candidates.folder / f"torch-pruning-{ratio:g}.onnx"
         candidates.export(pruned, path)
-        yield f"torch-pruning {ratio:g}", Subject(path), float(count_macs(pruned, canvas_size=224).macs)
+        module = partial(candidates.deployable, pruned, prompted=False)
+        yield f"torch-pruning {ratio:g}", Subject(path, module), float(count_macs(pruned, canvas_size=224).macs)
     except Exception as e:  # whatever it raises is its answer
         print(f"{name}, {ratio:g}: Torch-Pruning: {type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''}")
 
 
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
-    found = list(subjects_of(name, folder, args.engine, args.threads))
+    settings = [Setting(args.engine, threads=threads, precision=args.precision) for threads in args.threads]
+    found = list(subjects_of(name, folder, settings))
     macs = {label: count for label, _, count in found}
-    for threads in args.threads:
+    for setting in settings:
         for batch in args.batches:
             shape = image_shape("float", recipe_of(name, folder, macs_ratio=0.5))
             timed = measure_latency(
                 {label: subject for label, subject, _ in found},
                 random_images("float", shape, batch=batch, seed=0),
                 form="float",
-                setting=Setting(args.engine, threads=threads, batch=batch),
+                setting=replace(setting, batch=batch),
                 seconds=args.seconds,
             ).latencies
             dense = timed["dense"]
             for label, row in timed.items():
                 factor = latency_factor(dense, row, seed=0)
                 yield {
-                    "network": name, "what": label, "engine": args.engine, "threads": threads, "batch": batch,
+                    "network": name, "what": label, "engine": args.engine, "precision": args.precision,
+                    "threads": setting.threads, "batch": batch,
                     "macs_factor": macs["dense"] / macs[label], "p50_ms": row.p50_ms, "factor": factor.factor,
                     "interval": factor.interval,
                 }  # fmt: skip
@@ -193,9 +198,9 @@ def rows_of(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[
 def table(rows: list[dict]) -> str:
     """Markdown: a line for each network, ratio, threads and batch."""
     lines = [
-        "| network | MACs ratio | threads | batch | dense, ms | MACs | measured | share of theory | by hand | ours / by hand "
-        "| Torch-Pruning | ours / Torch-Pruning |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| network | MACs ratio | threads | batch | dense, ms | ours, ms | MACs | measured | share of theory | by hand "
+        "| ours / by hand | Torch-Pruning | ours / Torch-Pruning |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     keys = dict.fromkeys((r["network"], r["threads"], r["batch"]) for r in rows)
     for network, threads, batch in keys:
@@ -206,7 +211,8 @@ def table(rows: list[dict]) -> str:
             plain = here.get(f"torch-pruning {ratio:g}")
             low, high = ours["interval"]
             lines.append(
-                f"| {network} | {ratio:g} | {threads} | {batch} | {here['dense']['p50_ms']:.2f} | {ours['macs_factor']:.2f}x "
+                f"| {network} | {ratio:g} | {threads} | {batch} | {here['dense']['p50_ms']:.2f} "
+                f"| {ours['p50_ms']:.2f} | {ours['macs_factor']:.2f}x "
                 f"| {ours['factor']:.2f}x ({low:.2f} to {high:.2f}) | {ours['factor'] / ours['macs_factor']:.2f} "
                 f"| {hand['factor']:.2f}x ({hand['macs_factor']:.2f}x MACs) | {ours['factor'] / hand['factor']:.2f} | "
                 + (
@@ -234,6 +240,7 @@ def main() -> None:
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--batches", type=numbers, default=[1, 8])
     parser.add_argument("--engine", default="onnxruntime-cpu")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -67,7 +67,7 @@ class Candidates:
         return path
 
     def dense_module(self) -> nn.Module:
-        return self._deployable(self.backbone, prompted=False)
+        return self.deployable(self.backbone, prompted=False)
 
     def byte_terms(self, shapes: Shapes) -> list[Term]:
         """The bytes of all constants of the file, as they follow the widths."""
@@ -121,13 +121,14 @@ class Candidates:
             self.export(cut(self.backbone, cuts), path)
 
     def _module(self, cuts: PrunePlan) -> nn.Module:
-        return self._deployable(cut(self.backbone, cuts), prompted=self.prompted)
+        return self.deployable(cut(self.backbone, cuts), prompted=self.prompted)
 
     def _rows_taken(self, backbone: nn.Module) -> nn.Module:
         """As a label map leaves it."""
         return backbone if self._classifier is None else take_rows(backbone, self._classifier, range(len(self.classes)))
 
-    def _deployable(self, backbone: nn.Module, *, prompted: bool) -> Deployable:
+    def deployable(self, backbone: nn.Module, *, prompted: bool) -> Deployable:
+        """``backbone`` as it would ship."""
         table = self.recipe.input
         noise = torch.rand(3, table.canvas, table.canvas, generator=torch.Generator().manual_seed(0)) * 0.1
         canvas = Canvas(
@@ -148,7 +149,7 @@ class Candidates:
 
     def export(self, backbone: nn.Module, path: Path, *, prompted: bool | None = None) -> None:
         """Raises: ModelError for a network that cannot be exported."""
-        deployable = self._deployable(backbone, prompted=self.prompted if prompted is None else prompted)
+        deployable = self.deployable(backbone, prompted=self.prompted if prompted is None else prompted)
         about = describe(self.recipe, arm="pruned", form=self.form, classes=self.classes, version=version("vpdeploy"))
         about["certificate"] = self._certificate
         to_onnx(deployable, path, opset=self.recipe.export.opset, metadata=about)
