@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,20 +70,22 @@ class Target:
     def dense(self) -> Subject:
         return Subject(self.candidates.dense_without_prompt(), self.candidates.dense_module)
 
-    def memory(self, widths: Array, *, runs: int = 1) -> float | None:
-        """Peak resident MiB, the largest of ``runs`` processes."""
-        path = self.candidates.subject(widths).file(self.setting)
-        found = [
-            measure_memory(
+    def memory(self, widths: Array, *, runs: int = 1, most: float = math.inf) -> float | None:
+        """Peak resident MiB, the largest of ``runs`` processes, or of those until one has more than ``most``."""
+        path, largest = self.candidates.subject(widths).file(self.setting), 0.0
+        for _ in range(runs):
+            found = measure_memory(
                 path,
                 form=self.candidates.form,
                 image_shape=self.image_shape,
                 batch=self.setting.batch,
                 threads=self.setting.threads,
             )
-            for _ in range(runs)
-        ]
-        return None if None in found else max(row.peak_rss_mib for row in found if row is not None)
+            if found is None:
+                return None
+            if (largest := max(largest, found.peak_rss_mib)) > most:
+                break
+        return largest
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,10 @@ def test_what_the_profiler_does_not_see_belongs_to_no_layer(shapes):
 
 def test_a_profiler_that_slows_what_it_watches_is_brought_back_to_the_total(shapes):
     samples = [{"0": 3.0, "": 1.0}] * len(WIDTHS)
-    fitted = shapes.sum_of(fit_layers(samples, np.full(len(WIDTHS), 2.0), WIDTHS, shapes))
-    assert fitted.at(OTHERS[1]) == pytest.approx(2.0, rel=1e-6)
+    terms = fit_layers(samples, np.full(len(WIDTHS), 2.0), WIDTHS, shapes)
+    assert shapes.sum_of(terms).at(OTHERS[1]) == pytest.approx(2.0, rel=1e-6)
+    of_layer = shapes.sum_of([term for term in terms if term.module == "0"])
+    assert of_layer.at(OTHERS[1]) == pytest.approx(1.5, rel=1e-6)  # three quarters, as the profiler saw
 
 
 def test_totals_alone_tell_what_a_product_and_a_value_cost(shapes):

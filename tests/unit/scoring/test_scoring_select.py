@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from strategies import group_of
 
 from vpdeploy.errors import BudgetError, SurgeryError
-from vpdeploy.scoring.select import Selector, allowed_widths, build_selector, select, select_row
+from vpdeploy.scoring.select import Selector, allowed_widths, build_selector, prices, select, select_row
 from vpdeploy.surgery.cost import CostModel, Sum
 
 
@@ -133,6 +134,14 @@ def test_rounding_of_a_mean_does_not_reorder_equal_blocks(value):
 
 
 # --- messages -------------------------------------------------------------------------------------------------------
+
+
+def test_where_speed_counts_importance_is_weighed_against_the_square_of_the_time_for_a_product():
+    """And against neither alone: g1 takes three times the time of g0 for its products, g2 as much, and twice the products."""
+    given = selector(10, 10, 10, weights=[1.0, 1.0, 2.0], budget="macs_ratio", requested=0.5)
+    price = prices(replace(given, speed=lambda widths: 5.0 + float(widths @ [1.0, 3.0, 2.0])))
+    assert price / price[0] == pytest.approx([1.0, 9.0, 1.0])
+    assert prices(given) / prices(given)[0] == pytest.approx([1.0, 1.0, 2.0])
 
 
 def test_an_unreachable_budget_says_what_is_reachable_and_what_to_do():
