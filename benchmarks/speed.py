@@ -5,7 +5,7 @@
 
 Random weights, 224 pixels, exact groups alone. Of each network and MACs ratio:
 
-- ours: the budget macs_ratio with round_to = "auto" and speed = true, priced at the row's thread count and batch;
+- ours: the budget macs_ratio with round_to = "auto" and speed = true, priced at the row's thread count and batch 1;
   importances are drawn from a log-normal of sigma 1 (untrained networks have none of their own), as
   ``search.score_init = "taylor"`` weighs them;
 - by hand: every group at the same share of its width, rounded to 8, 16 or 32, at our MACs (to 3 %): the fastest of the three;
@@ -125,8 +125,8 @@ def _pruned(network: nn.Module, ratio: float) -> nn.Module:
 
 
 def subjects_of(name: str, folder: Path, settings: list[Setting]) -> Iterator[tuple[str, Subject, float]]:
-    """("dense", "ours 0.5 for 1, 8", ..., what runs, its MACs). Ours are priced at the threads and batch that they are for."""
-    priced = {key_of(setting): _priced(name, folder, setting) for setting in settings}
+    """("dense", "ours 0.5 for 1", ..., what runs, its MACs). Ours are priced at the thread count that they are for."""
+    priced = {setting.threads: _priced(name, folder, setting) for setting in settings}
     work, groups, _ = next(iter(priced.values()))
     (files := folder / f"{name}-files").mkdir()
     candidates = Candidates(work, groups, files, form="float", prompted=False)
@@ -138,23 +138,19 @@ def subjects_of(name: str, folder: Path, settings: list[Setting]) -> Iterator[tu
     for ratio in RATIOS:
         asked = replace(network, recipe=recipe_of(name, folder, macs_ratio=ratio))
         macs = 0.0
-        for key, (_, _, price) in priced.items():
+        for count, (_, _, price) in priced.items():
             widths = our_widths(selector_at(price, asked))
             macs = macs or macs_at(widths)
-            yield f"ours {ratio:g} for {key}", candidates.subject(widths), macs_at(widths)
+            yield f"ours {ratio:g} for {count}", candidates.subject(widths), macs_at(widths)
         for round_to in BY_HAND:
             row = hand_widths(groups.prunable, network.cost, macs, round_to)
             yield f"hand {ratio:g} ({round_to})", candidates.subject(row), macs_at(row)
         yield from _torch_pruning_subject(work, candidates, macs, ratio)
 
 
-def key_of(setting: Setting) -> str:
-    return f"{setting.threads}, {setting.batch}"
-
-
 def _priced(name: str, folder: Path, setting: Setting) -> tuple[Workbench, ChannelGroups, Price]:
     recipe = recipe_of(name, folder, macs_ratio=min(RATIOS), target=asdict(setting))
-    work = open_workbench(recipe, folder / f"{name} {key_of(setting)}", redo=None, display=Display(quiet=True))
+    work = open_workbench(recipe, folder / f"{name}-{setting.threads}", redo=None, display=Display(quiet=True))
     groups = pipeline.grouped(work)
     return work, groups, pipeline.priced(work, groups)
 
@@ -175,29 +171,28 @@ def _torch_pruning_subject(
 
 
 def rows_of(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
-    base = Setting(args.engine, precision=args.precision)
-    settings = [replace(base, threads=threads, batch=batch) for threads in args.threads for batch in args.batches]
+    settings = [Setting(args.engine, threads=threads, precision=args.precision) for threads in args.threads]
     found = list(subjects_of(name, folder, settings))
     macs = {label: count for label, _, count in found}
-    shape = image_shape("float", recipe_of(name, folder, macs_ratio=0.5))
     for setting in settings:
-        of_others = tuple(f" for {key_of(other)}" for other in settings if other != setting)
-        timed = measure_latency(
-            {label: subject for label, subject, _ in found if not label.endswith(of_others)},
-            random_images("float", shape, batch=setting.batch, seed=0),
-            form="float",
-            setting=setting,
-            seconds=args.seconds,
-        ).latencies
-        dense = timed["dense"]
-        for label, row in timed.items():
-            factor = latency_factor(dense, row, seed=0)
-            yield {
-                "network": name, "what": label.partition(" for ")[0], "engine": setting.engine,
-                "precision": setting.precision, "threads": setting.threads, "batch": setting.batch,
-                "macs_factor": macs["dense"] / macs[label], "p50_ms": row.p50_ms, "factor": factor.factor,
-                "interval": factor.interval,
-            }  # fmt: skip
+        for batch in args.batches:
+            shape = image_shape("float", recipe_of(name, folder, macs_ratio=0.5))
+            timed = measure_latency(
+                {label: subject for label, subject, _ in found},
+                random_images("float", shape, batch=batch, seed=0),
+                form="float",
+                setting=replace(setting, batch=batch),
+                seconds=args.seconds,
+            ).latencies
+            dense = timed["dense"]
+            for label, row in timed.items():
+                factor = latency_factor(dense, row, seed=0)
+                yield {
+                    "network": name, "what": label, "engine": args.engine, "precision": args.precision,
+                    "threads": setting.threads, "batch": batch,
+                    "macs_factor": macs["dense"] / macs[label], "p50_ms": row.p50_ms, "factor": factor.factor,
+                    "interval": factor.interval,
+                }  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
@@ -211,7 +206,7 @@ def table(rows: list[dict]) -> str:
     for network, threads, batch in keys:
         here = {r["what"]: r for r in rows if (r["network"], r["threads"], r["batch"]) == (network, threads, batch)}
         for ratio in RATIOS:
-            ours = here[f"ours {ratio:g}"]
+            ours = here[f"ours {ratio:g} for {threads}"]
             hand = fastest([r for k, r in here.items() if k.startswith(f"hand {ratio:g} ")], ours["macs_factor"])
             plain = here.get(f"torch-pruning {ratio:g}")
             low, high = ours["interval"]
