@@ -48,7 +48,7 @@ def to_onnx(
     core = _core(deployable, path, opset=opset) if core is None else core
     model = core
     if deployable.form == "uint8":
-        model = _behind(_resizing(deployable.resize.image_size, deployable.resize.how, opset_of(core)), core)
+        model = _behind(_resizing(deployable.resize.image_size, deployable.resize.how, _opset_of(core)), core)
     onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
     onnx.checker.check_model(model, full_check=True)
     write_bytes(path, model.SerializeToString())
@@ -66,7 +66,7 @@ def _core(deployable: Deployable, path: Path, *, opset: int) -> Core:
             f"{path.name}: torch {torch.__version__} cannot export this network to ONNX ({_reason(e)}); expected a "
             "forward of tensor operations that fits any batch size: rewrite that part of the model, or exclude it"
         ) from e
-    if (reached := opset_of(core)) < opset:
+    if (reached := _opset_of(core)) < opset:
         raise ModelError(
             f"{path.name}: export.opset is {opset}, but the exporter of torch {torch.__version__} got no further than "
             f"{reached}; set export.opset = {reached}, or install a newer torch and onnxscript"
@@ -110,7 +110,7 @@ def _behind(front: onnx.ModelProto, core: Core) -> onnx.ModelProto:
     return model
 
 
-def opset_of(model: onnx.ModelProto) -> int:
+def _opset_of(model: onnx.ModelProto) -> int:
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
