@@ -22,7 +22,7 @@ from vpdeploy.workbench import Workbench
 
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
-MEMORY_RUNS = 8  # of which the largest counts: processes of one file differ by whole buffers, as malloc finds its addresses
+MEMORY_RUNS = 8  # of which the largest counts: processes of one file differ by whole buffers
 TRIES, MEMORY_TRIES = 8, 32
 NEAR = 0.03  # and no further below is looked for
 SURE = 0.001  # of a budget in memory, below it: processes that take the same buffers differ by 0.05 %
