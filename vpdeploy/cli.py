@@ -231,6 +231,10 @@ def bench(
     files = len(what) > 1 or what[0].suffix == ".onnx"
     if as_json and not files:
         raise typer.BadParameter("--json goes with ONNX files; a run has report.json")
+    if image_size and not files:
+        raise typer.BadParameter(
+            "--image-size goes with ONNX files; a run's images are as large as bench.image_size says"
+        )
     shaky = _bench_files(what, given, as_json=as_json) if files else _bench_run(what[0], given)
     if shaky:
         _say_error(

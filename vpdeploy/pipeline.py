@@ -9,7 +9,7 @@ dense+prompt skip search and cut; everything else they share.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.pricing.candidates import target_text
-from vpdeploy.pricing.price import elsewhere, price, selector_for
+from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
 from vpdeploy.pricing.settle import settle
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import bench_table
@@ -68,10 +68,14 @@ def prune(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str
         _prune(recipe, folder, redo=redo, command=command, display=display)
 
 
-def search_only(recipe: Recipe, folder: Path, *, command: str, display: Display) -> None:
-    """From a recipe to the scores of every pruned arm, and the tuned dense arms: what runs at other budgets share."""
+def search_only(recipe: Recipe, folder: Path, *, points: Sequence[Recipe], command: str, display: Display) -> None:
+    """From a recipe to the scores of every pruned arm, and the tuned dense arms: what runs at other budgets share.
+
+    points: the recipes of these. Raises: BudgetError for one that cannot be reached, before anything is trained where a formula
+    tells; what has to be measured is told when its own run begins.
+    """
     with run_folder.locked(folder):
-        _prune(recipe, folder, redo=None, command=command, display=display, cuts=False)
+        _prune(recipe, folder, redo=None, command=command, display=display, cuts=False, points=points)
 
 
 def export(folder: Path, *, display: Display) -> None:
@@ -118,7 +122,14 @@ def _reopened(folder: Path, display: Display) -> Workbench:
 
 
 def _prune(
-    recipe: Recipe, folder: Path, *, redo: str | None, command: str, display: Display, cuts: bool = True
+    recipe: Recipe,
+    folder: Path,
+    *,
+    redo: str | None,
+    command: str,
+    display: Display,
+    cuts: bool = True,
+    points: Sequence[Recipe] = (),
 ) -> None:
     work = open_workbench(recipe, folder, redo=redo, display=display)
     trains = not all(work.is_done(stage) for stage in training_stages(work.recipe))
@@ -128,7 +139,10 @@ def _prune(
         note_environment(folder, command)  # of what trained, not of whoever looks again
     groups = grouped(work)
     # A network that cannot be exported and an unreachable budget end here, before any training.
-    selector = selector_for(work, groups, priced(work, groups))
+    found_price = priced(work, groups)
+    selector = selector_for(work, groups, found_price)
+    for point in points:
+        check_reachable(work, groups, found_price, point.budget)
     dense = fitted(work)
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RecipeError
 from vpdeploy.pipeline import run, search_only
 from vpdeploy.progress import Display
+from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import BUDGETS, RATIOS, Recipe
-from vpdeploy.recipe.writing import with_values
+from vpdeploy.recipe.writing import dump_recipe, with_values
 from vpdeploy.report.sweep import render_sweep, sweep_of
+from vpdeploy.stages import Ledger, read_recipe
 from vpdeploy.values import Report, Sweep
 
 SHARED = "search"  # the run that all points begin from
@@ -27,27 +31,25 @@ def sweep(
     again: the words of a command that runs this recipe, without its folder and budget. Interrupted, the same call goes on
     where it stopped.
 
-    Raises: RecipeError for amounts that are out of range; BudgetError for one that cannot be reached.
+    Raises: RecipeError for amounts that are out of range, or that the recipe's limits contradict; BudgetError for one that cannot
+    be reached.
     """
     _check(kind, amounts)
-    command = shlex.join([*again, "-o", str(folder / SHARED)])
-    search_only(recipe, folder / SHARED, command=command, display=display)
     found = (folder / SHARED / "found.safetensors").resolve()
+    recipes = {amount: _at(recipe, kind, amount, found) for amount in amounts}  # before anything is trained
+    command = shlex.join([*again, "-o", str(folder / SHARED)])
+    search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
     reports: dict[str, Report] = {}
     commands: dict[str, str] = {}
     for amount in amounts:
         name = f"{kind}-{amount:g}"
         path = folder / name
-        values = {f"budget.{other}": None for other in BUDGETS} | {f"budget.{kind}": amount, "search.found": str(found)}
         told = [f"budget.{kind}={amount:g}", f"search.found={found}"]
         commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
-        fresh = not (path / "stages.json").exists()
-        if fresh:
+        if not (path / "stages.json").exists():
             _begin_from(folder / SHARED, path)
         display.say(f"{kind} {amount:g}:")
-        reports[name] = run(
-            with_values(recipe, values), path, redo="search" if fresh else None, command=commands[name], display=display
-        )
+        reports[name] = run(recipes[amount], path, command=commands[name], display=display)
         made = sweep_of(reports, commands)
         pages = render_sweep(made)
         run_folder.write_value(folder / "sweep.json", made)
@@ -60,7 +62,7 @@ def _check(kind: str, amounts: Sequence[float]) -> None:
     problems = [
         f"--{kind.replace('_', '-')}: got {amount:g}; expected {'above 0 and at most 1' if kind in RATIOS else 'above 0'}"
         for amount in amounts
-        if not 0 < amount <= (1 if kind in RATIOS else float("inf"))
+        if not 0 < amount <= (1 if kind in RATIOS else sys.float_info.max)
     ]
     names = [f"{amount:g}" for amount in amounts]  # as folders are called
     twice = [amount for number, amount in enumerate(amounts) if names[number] in names[:number]]
@@ -69,9 +71,17 @@ def _check(kind: str, amounts: Sequence[float]) -> None:
         raise RecipeError("sweep", problems or ["expected at least one budget, such as --macs-ratio 0.7,0.5"])
 
 
+def _at(recipe: Recipe, kind: str, amount: float, found: Path) -> Recipe:
+    """Under this budget alone, from the scores in ``found``; read as if it came from disk, where it will be."""
+    values = {f"budget.{other}": None for other in BUDGETS} | {f"budget.{kind}": amount, "search.found": str(found)}
+    written = tomllib.loads(dump_recipe(with_values(recipe, values)))
+    return parse_recipe(written, where=f"sweep, {kind} {amount:g}", folder=found.parent)
+
+
 def _begin_from(shared: Path, path: Path) -> None:
     """A run folder in which stage 0 and the dense arms stand done. It appears under its name when it is whole."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(shared, part, ignore=shutil.ignore_patterns("*.lock", ".lock", "state"))
+    Ledger(part / "stages.json", inputs={}, machine={}).forget("search", read_recipe(shared))
     part.rename(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, settings
 
 from vpdeploy import run_folder
+from vpdeploy.sweeping import _begin_from
 from vpdeploy.values import Report, Sweep
 
 BUDGETS = ("--macs-ratio", "0.7,0.4")
@@ -81,12 +83,30 @@ def test_a_point_comes_again_by_its_command(swept, tmp_path, capsys):
         (["--macs-ratio", "half"], 2, "--macs-ratio: got 'half'; expected numbers"),
         (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 1.5; expected above 0 and at most 1"),
         (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 0.5 twice; expected each once"),
+        (["--latency-ms", "3,inf"], 1, "--latency-ms: got inf; expected above 0"),
+        (["--file-mib", "0.2", "--set", "budget.limits.file_mib=0.25"], 1, "got 0.25 beside budget.file_mib"),
     ],
 )
 def test_wrong_budgets_are_told(capsys, tmp_path, words, status, told):
     done = here(capsys, "sweep", QUICKSTART, "-o", tmp_path / "none", *words)
     assert done.status == status and told in " ".join(done.err.replace("│", " ").split())
     assert not (tmp_path / "none").exists()
+
+
+def test_a_point_out_of_reach_is_told_before_anything_is_trained(capsys, tmp_path):
+    words = list(sweep_into(tmp_path / "points"))
+    words[words.index("0.7,0.4")] = "0.7,0.001"
+    done = here(capsys, *words)
+    assert done.status == 1 and "budget.macs_ratio: got 0.001; the best reachable is " in done.err
+    assert "epoch" not in done.err
+
+
+def test_a_point_that_was_stopped_as_it_began_goes_on(swept, tmp_path):
+    """What it begins from knows of no other budget's search, and keeps the dense arm."""
+    shared = swept[0] / "search"
+    _begin_from(shared, tmp_path / "point")
+    begun = json.loads((tmp_path / "point" / "stages.json").read_bytes())
+    assert {"groups", "fit", "tune:dense"} <= begun.keys() and "search:pruned" not in begun
 
 
 def test_scores_of_another_network_are_refused(swept, tmp_path, capsys):

@@ -16,7 +16,7 @@ from vpdeploy.measure.layers import layer_times
 from vpdeploy.measure.memory import measure_memory
 from vpdeploy.measure.settings import setting_of, settings_of
 from vpdeploy.recipe.tables import Recipe
-from vpdeploy.values import Latency, Memory
+from vpdeploy.values import Conditions, Latency, Memory
 
 Subjects = Mapping[str, Mapping[str, Subject]]  # arm -> form -> what runs
 
@@ -34,7 +34,8 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
 
     Raises: VpdeployError for an engine that is not there, before anything is timed.
     """
-    rows: dict[str, list[Latency]] = {arm: [] for arm in subjects}
+    # By conditions: a device by its name and the engine's first may be the same.
+    rows: dict[str, dict[Conditions, Latency]] = {arm: {} for arm in subjects}
     engines: dict[str, Mapping[str, Any]] = {}
     settings = list(dict.fromkeys([*settings_of(recipe.bench), *_target_of(recipe)]))
     for setting in settings:
@@ -50,8 +51,8 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
         )
         engines[setting.engine] = {key: value for key, value in timed.about.items() if key != "threads"}
         for arm, row in timed.latencies.items():
-            rows[arm].append(row)
-    return Latencies({arm: tuple(of_arm) for arm, of_arm in rows.items()}, engines)
+            rows[arm][row.conditions] = row
+    return Latencies({arm: tuple(of_arm.values()) for arm, of_arm in rows.items()}, engines)
 
 
 def _target_of(recipe: Recipe) -> list[Setting]:

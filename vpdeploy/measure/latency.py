@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +57,29 @@ def measure_latency(
 
     Raises: VpdeployError when one cannot be run under ``setting``, or does not take such images.
     """
-    sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
-    runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
-    for subject in subjects.values():
-        check_all_ran_there(subject, images, setting)
-    for run in runs.values():
-        warm_up(run, clock=time.perf_counter_ns, pace=pace)
-    samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns, pace=pace)
+    with _threads_of_torch_kept():
+        sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
+        runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
+        for subject in subjects.values():
+            check_all_ran_there(subject, images, setting)
+        for run in runs.values():
+            warm_up(run, clock=time.perf_counter_ns, pace=pace)
+        samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns, pace=pace)
     about = next(iter(sessions.values())).about
     at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
     return Timed({name: summarise(times_ms, at) for name, times_ms in samples.items()}, about)
+
+
+@contextmanager
+def _threads_of_torch_kept() -> Iterator[None]:
+    """Its engines set torch's own for the process, and what is trained after a measurement shall not run with these."""
+    torch: Any = sys.modules.get("torch")  # never imported for files alone
+    before = torch and torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
 
 
 def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[], object]:

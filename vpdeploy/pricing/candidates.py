@@ -109,7 +109,10 @@ class Candidates:
     def _agrees(self, path: Path, network: nn.Module) -> bool:
         shape = (3, self.recipe.input.image_size, self.recipe.input.image_size)
         images = random_images(self.form, shape if self.form == "float" else (*shape[1:], 3), batch=2, seed=0)
-        found = open_session(Subject(path), Setting(threads=1))(images)
+        try:
+            found = open_session(Subject(path), Setting(threads=1))(images)
+        except Exception:  # a shape that is a constant of the graph: the runtime's errors share no base class but this
+            return False
         with torch.inference_mode():
             expected = network(torch.from_numpy(images)).numpy()
         return bool(np.abs(found - expected).max() <= AGREES * np.abs(expected).max())

@@ -19,6 +19,7 @@ from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import reach_text, table_of, what_stops
 from vpdeploy.pricing.settle import limits_in_practice
 from vpdeploy.pricing.target import Measured, Target, opened, shape_of_image
+from vpdeploy.recipe.tables import BudgetTable
 from vpdeploy.scoring.select import Selector, build_selector
 from vpdeploy.surgery.cost import Array
 from vpdeploy.surgery.shapes import Shapes
@@ -129,6 +130,19 @@ def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selec
     for kind, limit in priced.limits.items():
         selector = selector.limited(kind, limit)
     return selector
+
+
+def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budget: BudgetTable) -> None:
+    """Whether another budget than that which was ``priced`` can be reached, as far as formulas tell.
+
+    Raises: BudgetError.
+    """
+    if not budget.measured and "file_mib" not in (
+        budget.kind,
+        *budget.limits.given,
+    ):  # the forms' sizes may not be known
+        other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))
+        selector_at(priced, Network.of(other, groups))
 
 
 def selector_at(priced: Price, network: Network) -> Selector:

@@ -52,9 +52,14 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
     """
     for bound in selector.bounds:
         name = quantity_of(bound.kind)
-        if bound.kind in MEASURED and priced.least[name] > bound.limit:
+        if bound.kind not in MEASURED:
+            continue
+        least = priced.least[name]
+        if bound.kind == "memory_mib":  # as it will be settled
+            least = (target.memory(selector.least_widths, runs=MEMORY_RUNS) or least) / (1 - SURE)
+        if least > bound.limit:
             key = f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
-            best = priced.least[name] / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
+            best = least / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
             raise BudgetError(
                 f"{key}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, with round_to = "
                 f"{priced.round_to} and max_removal = {network.recipe.budget.max_removal:g}"
@@ -80,8 +85,14 @@ class Bracket:
     requested: float
     limit: float
     exact: bool
+    largest: float = (
+        math.inf
+    )  # under which something is removed: the sum at dense widths is not what was measured of them
     met: float | None = None
     missed: float | None = None
+
+    def __post_init__(self) -> None:
+        self.limit = min(self.limit, self.largest)
 
     @property
     def most(self) -> float:
@@ -105,6 +116,7 @@ class Bracket:
         else:
             gap, share = self.missed - self.met, 0.5 if self.exact else 0.2
             self.limit = min(max(wanted, self.met + share * gap), self.missed - share * gap)
+        self.limit = min(self.limit, self.largest)
 
 
 class Settling:
@@ -113,7 +125,12 @@ class Settling:
     def __init__(self, target: Target, selector: Selector, scores: Mapping[str, Array], say: Callable[[str], None]):
         self.target, self.selector, self.scores, self.say = target, selector, scores, say
         self.brackets = {
-            bound.kind: Bracket(bound.requested, bound.limit, bound.kind == "memory_mib")
+            bound.kind: Bracket(
+                bound.requested,
+                bound.limit,
+                bound.kind == "memory_mib",
+                (1 - 1e-9) * bound.cost(selector.dense_widths),
+            )
             for bound in selector.bounds
             if bound.kind in MEASURED
         }
@@ -128,12 +145,14 @@ class Settling:
         Raises: BudgetError when none did.
         """
         best: tuple[Selection, dict[str, float]] | None = None
+        least = dict.fromkeys(self.brackets, math.inf)
         for _ in range(tries := tries or (MEMORY_TRIES if self.exact else TRIES)):
             selection = self._selection()
             found = self._measure(_widths_of(selection))
             self.say(
                 f"measured: {', '.join(f'{k} {v:.4g} of {self.brackets[k].requested:g}' for k, v in found.items())}"
             )
+            least = {kind: min(figure, found[kind]) for kind, figure in least.items()}
             over = [kind for kind, bracket in self.brackets.items() if found[kind] > bracket.most]
             if not over and (best is None or self._size(selection) >= self._size(best[0])):
                 best, self.limits = (selection, found), {kind: b.limit for kind, b in self.brackets.items()}
@@ -146,9 +165,10 @@ class Settling:
                 break
         if best is None:
             told = ", ".join(f"{kind} {bracket.requested:g}" for kind, bracket in self.brackets.items())
+            seen = ", ".join(f"{least[kind]:.6g} of {bracket.most:.6g}" for kind, bracket in self.brackets.items())
             raise BudgetError(
-                f"budget: no mask met {told} in {tries} measurements, though what was measured before said so; ask for a little "
-                "more, or stop what else runs on this machine"
+                f"budget: no mask met {told} in {tries} measurements (the least: {seen}), though what was measured before said "
+                "so; ask for a little more, or stop what else runs on this machine"
             )
         selection, found = best
         limits = {kind: (asked, found.get(kind, reached)) for kind, (asked, reached) in selection.limits.items()}

@@ -60,7 +60,7 @@ def bench_table(given: Mapping[str, Any], *, base: BenchTable) -> BenchTable:
     try:
         return BenchTable.model_validate({**base.model_dump(), **given})
     except ValidationError as e:
-        raise RecipeError("bench", explain(e.errors())) from e
+        raise RecipeError("bench", explain([{**error, "loc": ("bench", *error["loc"])} for error in e.errors()])) from e
 
 
 def parse_recipe(

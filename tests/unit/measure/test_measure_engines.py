@@ -21,6 +21,7 @@ from vpdeploy.measure.engines import (
     open_session,
 )
 from vpdeploy.measure.engines.onnxruntime_engine import profile, refuse_heavy_fall_back
+from vpdeploy.measure.latency import Pace, measure_latency
 
 SAME = 1e-4  # float32, other orders of summation: 1e-6 seen
 HERE = ["onnxruntime-cpu", "openvino-cpu", "torch-eager", "torch-compile"]
@@ -158,3 +159,31 @@ def test_a_file_that_openvino_cannot_read_is_told(tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(VpdeployError, match=r"broken.onnx: OpenVINO .* cannot open it: .*; expected an exported model"):
         open_session(Subject(path), Setting("openvino-cpu"))
+
+
+class Placed(nn.Module):
+    """What ships: something in float32 in front of a backbone."""
+
+    form = "uint8"
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Small()
+
+    def forward(self, image):
+        return self.backbone(image.permute(0, 3, 1, 2).float() / 255)
+
+
+def test_a_lower_precision_is_the_backbones():
+    photos = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    expected = open_session(Subject(None, Placed), Setting("torch-eager"))(photos)
+    found = open_session(Subject(None, Placed), Setting("torch-eager", precision="bf16"))(photos)
+    assert 1e-6 < np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()  # bf16 has 8 bits
+
+
+def test_training_after_a_measurement_has_its_threads():
+    torch.set_num_threads(2)
+    subjects = {"one": Subject(None, Small)}
+    pace = Pace(rounds=1, window=0.001, runs=1)
+    measure_latency(subjects, images(), form="float", setting=Setting("torch-eager", threads=1), seconds=0.0, pace=pace)
+    assert torch.get_num_threads() == 2

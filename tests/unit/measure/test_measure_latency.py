@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from budgeted import workbench
 
+from vpdeploy.measure import arms
+from vpdeploy.measure.engines import Subject
 from vpdeploy.measure.factors import factors, latency_factor
-from vpdeploy.measure.latency import STEADY, is_steady, summarise, time_rounds, warm_up
+from vpdeploy.measure.latency import STEADY, Timed, is_steady, summarise, time_rounds, warm_up
 from vpdeploy.values import Conditions, Measurement
 
 
@@ -89,6 +92,21 @@ def test_warm_up_gives_up_after_two_seconds():
 
 def _latency(samples):
     return summarise(np.asarray(samples), Conditions("onnxruntime-cpu", "cpu", "fp32", "float", 1, 1))
+
+
+def test_a_device_by_its_name_and_the_engines_first_are_told_once_where_they_are_the_same(tmp_path, monkeypatch):
+    tables = {"bench": {"batches": [1], "threads": [1]}, "export": {"forms": ["float"]}, "target": {"device": "cpu"}}
+    recipe = workbench(tmp_path, {"latency_ratio": 0.5}, **tables).recipe
+    counts = iter((20, 30))  # of rounds, of the first and the second measurement
+
+    def timed(subjects, *args, **kwargs):
+        rounds = np.ones(next(counts))
+        return Timed({arm: _latency(rounds) for arm in subjects}, {})
+
+    monkeypatch.setattr(arms, "measure_latency", timed)
+    subject = {"float": Subject(tmp_path / "none.onnx")}
+    found = arms.measure_latencies({"dense": subject, "pruned": subject}, recipe=recipe).arms
+    assert [len(row.samples_ms) for row in found["dense"]] == [30] == [len(row.samples_ms) for row in found["pruned"]]
 
 
 def test_percentiles_are_those_of_the_samples_kept():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from budgeted import priced, workbench
+from strategies import group_of
 
+from vpdeploy import pipeline
 from vpdeploy.pricing import alignment
+from vpdeploy.pricing.network import Network
 
 
 def test_auto_takes_the_smallest_multiple_that_is_nearly_as_fast_as_the_best(tmp_path, monkeypatch):
@@ -13,6 +16,16 @@ def test_auto_takes_the_smallest_multiple_that_is_nearly_as_fast_as_the_best(tmp
     monkeypatch.setattr(alignment, "speeds_of", lambda *args, **kwargs: speeds)
     found = priced(work)
     assert found.round_to == 8 and found.alignment == speeds
+
+
+def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_path):
+    """Near half the width, and odd multiples of it."""
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
+    network = Network.of(work, pipeline.grouped(work))
+    group = group_of("g", 64)
+    assert {k: alignment._odd_multiple(group, network, k) for k in (1, 2, 4, 8, 16)} == {
+        1: 31, 2: 30, 4: 28, 8: 24, 16: 16,
+    }  # fmt: skip
 
 
 def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, monkeypatch):

@@ -70,6 +70,18 @@ def test_a_ratio_of_times_is_met_as_measured(share):
     assert machine.runs <= 2 * TRIES
 
 
+def test_a_mask_always_removes_something_though_the_sum_says_that_nothing_need_be():
+    """Of the dense network the sum may be below what is asked, which is measured."""
+    machine = Machine(noise=0.0)
+    search = settling(machine, "latency_ratio", 0.98)
+    bound = replace(search.selector.budget, limit=1.2 * search.selector.budget.cost(DENSE))
+    assert bound.limit < bound.dense * 1.3
+    search = Settling(
+        search.target, replace(search.selector, bounds=(replace(bound, dense=2 * bound.limit),)), search.scores, print
+    )
+    assert 0.9 < search.done().reached <= 0.98
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.02])
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
 def test_memory_is_never_exceeded_and_the_next_mask_would(share, noise):

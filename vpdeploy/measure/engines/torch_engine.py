@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vpdeploy.measure.engines.base import EngineError, Session, Setting, Subject
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RECOMPILES = 256  # networks in one measurement: as many as torch lets one code object have in all
 
 
 def check_torch(setting: Setting) -> None:
@@ -46,9 +47,12 @@ def open_torch(subject: Subject, setting: Setting) -> Session:
     device, dtype = _device(setting), DTYPES[setting.precision]
     network = subject.network(setting).eval().requires_grad_(False).to(device)
     torch.set_num_threads(setting.threads)
-    forward: Callable[[Tensor], Tensor] = _in_precision(network, device, dtype)
+    forward: Callable[[Tensor], Tensor] = _in_precision(network, dtype)
     if setting.engine == "torch-compile":
         torch._dynamo.reset()
+        # Networks of one class share their code, and beyond this many of it torch would run them uncompiled.
+        torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         forward = torch.compile(forward, dynamic=False)
     elif setting.engine == "torch-cudagraphs":
         forward = _graphed(forward, device)
@@ -68,15 +72,26 @@ def open_torch(subject: Subject, setting: Setting) -> Session:
     )
 
 
-def _in_precision(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+class _In(nn.Module):
+    """A network in another precision than what is around it."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = network.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.to(self.dtype))
+
+
+def _in_precision(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Images are placed, prompted and normalised in float32, as in training; the backbone behind that is in ``dtype``."""
     if dtype == torch.float32:
         return network
-    network = network.to(dtype)
-
-    def forward(x: Tensor) -> Tensor:
-        return network(x.to(dtype) if x.is_floating_point() else x)
-
-    return forward
+    backbone = getattr(network, "backbone", None)
+    if backbone is None:
+        return _In(network, dtype)
+    network.backbone = _In(backbone, dtype)
+    return network
 
 
 def _graphed(forward: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
