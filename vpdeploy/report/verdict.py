@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from vpdeploy.report.compare import PROMPT_PAIRS
 from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
@@ -105,6 +105,7 @@ def _faster(value: float) -> str:
 def _lost_in(report: Report, arm: str) -> str:
     """The layers that keep most of the time which their MACs do not explain, and what is known of widths."""
     pruned = {row.module: row for row in report.arms[arm].layers}
+    whole = {row.module: row.width for row in report.arms["dense"].layers}
     lost: list[tuple[float, str]] = []
     total = sum(row.ms for row in pruned.values())
     for row in report.arms["dense"].layers:
@@ -119,16 +120,16 @@ def _lost_in(report: Report, arm: str) -> str:
             lost.append((excess, f"what is no layer ({100 * left.ms / total:.0f} % of the time)"))
     worst = [text for excess, text in sorted(lost, reverse=True)[:2] if excess > 0.02 * total]
     told = f": most is lost in {' and '.join(worst)}" if worst else ""
-    return told + _alignment(report, pruned)
+    return told + _alignment(report, [row for row in pruned.values() if row.width != whole.get(row.module)])
 
 
-def _alignment(report: Report, pruned: Mapping[str, Layer]) -> str:
-    """Where widths are no multiples of what is fast here, a name and by how much they would gain."""
+def _alignment(report: Report, narrowed: Sequence[Layer]) -> str:
+    """Where widths that were chosen are no multiples of what is fast here, a name and by how much they would gain."""
     speeds = {} if report.price is None else {int(k): speed for k, speed in report.price.alignment.items()}
     if not speeds:
         return ""
     best = max(speeds, key=lambda k: speeds[k])
-    for row in pruned.values():
+    for row in narrowed:
         own = max((k for k in speeds if row.width and row.width % k == 0), default=best)
         if speeds[own] < FELL_SHORT * speeds[best]:
             gain = factor(speeds[best] / speeds[own])

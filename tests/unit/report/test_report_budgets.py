@@ -78,6 +78,10 @@ def test_the_width_that_is_slow_here_is_named():
         "; b has 37 outputs, and multiples of 16 are 1.61x faster on this machine."
     )
     assert "outputs, and multiples" not in partings(parted({"1": 0.9, "8": 1.0}))[0]  # not by much
+    report = parted(speeds)
+    left = [replace(row, width=37) if row.module == "b" else row for row in report.arms["dense"].layers]
+    same = replace(report.arms["dense"], layers=tuple(left))  # as classes are: nobody chose them
+    assert "multiples" not in partings(replace(report, arms={**report.arms, "dense": same}))[0]
 
 
 def test_nothing_is_said_where_time_follows_the_macs():
