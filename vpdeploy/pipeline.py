@@ -75,7 +75,7 @@ def search_only(recipe: Recipe, folder: Path, *, points: Sequence[Recipe], comma
     tells; what has to be measured is told when its own run begins.
     """
     with run_folder.locked(folder):
-        _prune(recipe, folder, redo=None, command=command, display=display, cuts=False, points=points)
+        _prune(recipe, folder, redo=None, command=command, display=display, points=points)
 
 
 def export(folder: Path, *, display: Display) -> None:
@@ -128,9 +128,9 @@ def _prune(
     redo: str | None,
     command: str,
     display: Display,
-    cuts: bool = True,
-    points: Sequence[Recipe] = (),
+    points: Sequence[Recipe] | None = None,
 ) -> None:
+    """``points``: the recipes of runs that go on from here; nothing is cut then."""
     work = open_workbench(recipe, folder, redo=redo, display=display)
     trains = not all(work.is_done(stage) for stage in training_stages(work.recipe))
     if trains:
@@ -141,13 +141,13 @@ def _prune(
     # A network that cannot be exported and an unreachable budget end here, before any training.
     found_price = priced(work, groups)
     selector = selector_for(work, groups, found_price)
-    for point in points:
+    for point in points or ():
         check_reachable(work, groups, found_price, point.budget)
     dense = fitted(work)
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):
             found = searched(work, arm, dense, groups, selector)
-            if not cuts:
+            if points is not None:
                 continue
             cut_plan = planned(work, arm, dense, groups, selector, found)
             pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpdeploy.errors import VpdeployError
-from vpdeploy.measure.engines import Session, Setting, Subject, check_all_ran_there, open_session
+from vpdeploy.measure.engines import Session, Setting, Subject, check_all_ran_there, open_session, settings_kept
 from vpdeploy.values import Conditions, Latency
 
 Clock = Callable[[], int]  # nanoseconds
@@ -57,7 +55,7 @@ def measure_latency(
 
     Raises: VpdeployError when one cannot be run under ``setting``, or does not take such images.
     """
-    with _threads_of_torch_kept():
+    with settings_kept(setting):
         sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
         runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
         for subject in subjects.values():
@@ -68,18 +66,6 @@ def measure_latency(
     about = next(iter(sessions.values())).about
     at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
     return Timed({name: summarise(times_ms, at) for name, times_ms in samples.items()}, about)
-
-
-@contextmanager
-def _threads_of_torch_kept() -> Iterator[None]:
-    """Its engines set torch's own for the process, and what is trained after a measurement shall not run with these."""
-    torch: Any = sys.modules.get("torch")  # never imported for files alone
-    before = torch and torch.get_num_threads()
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(before)
 
 
 def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[], object]:

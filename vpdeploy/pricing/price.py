@@ -137,10 +137,8 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
 
     Raises: BudgetError.
     """
-    if not budget.measured and "file_mib" not in (
-        budget.kind,
-        *budget.limits.given,
-    ):  # the forms' sizes may not be known
+    known = {"channel_ratio", "macs_ratio", "params_ratio"}  # of a file only the form of the target was exported
+    if known.issuperset((budget.kind, *budget.limits.given)):
         other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))
         selector_at(priced, Network.of(other, groups))
 

@@ -79,15 +79,14 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
 @dataclass
 class Bracket:
     """Where the limit of one measured quantity has to be: above ``met``, below ``missed``. ``exact``: to the last mask;
-    otherwise it is enough to come near.
+    otherwise it is enough to come near. Above ``largest`` nothing is removed: what is measured of the dense network may be more
+    than the sum at its widths.
     """
 
     requested: float
     limit: float
     exact: bool
-    largest: float = (
-        math.inf
-    )  # under which something is removed: the sum at dense widths is not what was measured of them
+    largest: float = math.inf
     met: float | None = None
     missed: float | None = None
 
@@ -146,7 +145,9 @@ class Settling:
         """
         best: tuple[Selection, dict[str, float]] | None = None
         least = dict.fromkeys(self.brackets, math.inf)
-        for _ in range(tries := tries or (MEMORY_TRIES if self.exact else TRIES)):
+        measured = 0
+        while measured < (tries or (MEMORY_TRIES if self.exact else TRIES)):
+            measured += 1
             selection = self._selection()
             found = self._measure(_widths_of(selection))
             self.say(
@@ -159,6 +160,8 @@ class Settling:
             near = not self.exact and any(bracket.is_near(found[kind]) for kind, bracket in self.brackets.items())
             if not over and (near or self._is_free(selection)):
                 break
+            if self.exact and over and (_widths_of(selection) == self.selector.least_widths).all():
+                break  # no mask is smaller, and its figure was measured
             for kind in over or self.brackets:
                 self.brackets[kind].move(found[kind])
             if self.exact and self._is_adjacent():
@@ -167,7 +170,7 @@ class Settling:
             told = ", ".join(f"{kind} {bracket.requested:g}" for kind, bracket in self.brackets.items())
             seen = ", ".join(f"{least[kind]:.6g} of {bracket.most:.6g}" for kind, bracket in self.brackets.items())
             raise BudgetError(
-                f"budget: no mask met {told} in {tries} measurements (the least: {seen}), though what was measured before said "
+                f"budget: no mask met {told} in {measured} measurements (the least: {seen}), though those before training said "
                 "so; ask for a little more, or stop what else runs on this machine"
             )
         selection, found = best

@@ -191,6 +191,12 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
             ("target.form", "export.forms"),
             f"target.form: got {target.form!r}, which is not exported; expected one of export.forms ({forms})",
         )
+    if budget.speed and recipe.search.score_init != "taylor":
+        yield (
+            ("budget.speed", "search.score_init"),
+            f"budget.speed: got true with search.score_init = {recipe.search.score_init!r}, which weighs nothing against time; "
+            "expected 'taylor' there",
+        )
     memory = written.get("memory_mib") is not None or budget.limits.memory_mib is not None
     if memory and target.engine != "onnxruntime-cpu":
         yield (

@@ -19,6 +19,7 @@ from vpdeploy.measure.engines import (
     check_engine,
     onnxruntime_engine,
     open_session,
+    settings_kept,
 )
 from vpdeploy.measure.engines.onnxruntime_engine import profile, refuse_heavy_fall_back
 from vpdeploy.measure.latency import Pace, measure_latency
@@ -181,8 +182,12 @@ def test_a_lower_precision_is_the_backbones():
     assert 1e-6 < np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()  # bf16 has 8 bits
 
 
-def test_training_after_a_measurement_has_its_threads():
+def test_what_comes_after_a_measurement_has_its_own_threads_and_limits():
     torch.set_num_threads(2)
+    limit = torch._dynamo.config.recompile_limit
+    with settings_kept(Setting("torch-compile")):  # more than this of one class ran uncompiled, in silence
+        assert torch._dynamo.config.recompile_limit > limit and torch._dynamo.config.fail_on_recompile_limit_hit
+    assert torch._dynamo.config.recompile_limit == limit and not torch._dynamo.config.fail_on_recompile_limit_hit
     subjects = {"one": Subject(None, Small)}
     pace = Pace(rounds=1, window=0.001, runs=1)
     measure_latency(subjects, images(), form="float", setting=Setting("torch-eager", threads=1), seconds=0.0, pace=pace)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from budgeted import priced, workbench
 from vpdeploy import pipeline
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.engines import EngineError
-from vpdeploy.pricing import price
+from vpdeploy.pricing import price, target
 from vpdeploy.pricing.candidates import Candidates
 from vpdeploy.pricing.price import elsewhere, selector_for
 from vpdeploy.pricing.reach import reach_text
@@ -99,11 +101,33 @@ def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
         ({"macs_ratio": 0.5, "limits": {"latency_ms": 1000.0}}, ["latency_ms"]),
     ],
 )
-def test_times_are_fitted_where_something_is_chosen_by_them(tmp_path, budget, fitted):
-    found = priced(workbench(tmp_path, budget))
+def test_times_are_fitted_where_something_is_chosen_by_them(tmp_path, monkeypatch, budget, fitted):
+    measured = Measured.of
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(
+        Measured, "of", lambda target, widths, **asked: seen.append(widths) or measured(target, widths, **asked)
+    )
+    found = priced(workbench(tmp_path, budget, search={"score_init": "taylor"}))
+    (widths,) = seen
+    assert len(widths) == (2 + price.MIXED if fitted else 2)
+    assert len(np.unique(widths[:, 0])) > 2 if fitted else (widths[0] < widths[1]).all()
     assert [name for name in found.costs if name == "latency_ms"] == fitted
     (told,) = (row for row in found.table if row.quantity == "latency_ms")
     assert 0 < told.smallest < told.dense
+
+
+def test_memory_is_reached_when_the_largest_of_eight_processes_has_it(tmp_path, monkeypatch):
+    """One process of the narrowest network may well have less."""
+    processes: Counter[Path] = Counter()
+
+    def peak(path: Path, **conditions: object) -> SimpleNamespace:
+        processes[path] += 1
+        fits = 60 + 60 * path.stat().st_size / 2**20
+        return SimpleNamespace(peak_rss_mib=fits + 5 * (processes[path] > 3))
+
+    monkeypatch.setattr(target, "measure_memory", peak)
+    with pytest.raises(BudgetError, match=r"^budget.memory_mib: got 63; the best reachable is 6[5-7]"):
+        priced(workbench(tmp_path, {"memory_mib": 63.0}))
 
 
 def test_a_network_whose_narrower_ones_do_not_run_still_goes_the_road(tmp_path, monkeypatch):

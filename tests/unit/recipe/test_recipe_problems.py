@@ -124,6 +124,10 @@ ONE_PROBLEM = [
     ({"budget": {"macs_ratio": None, "latency_ratio": 1.5}}, "budget.latency_ratio: got 1.5; expected at most 1"),
     # the target
     ({"target": {"engine": "tensorflow"}}, "target.engine: got 'tensorflow'; expected 'onnxruntime-cpu', "),
+    (
+        {"budget": {"speed": True}, "search": {"score_init": "scaled"}},
+        "budget.speed: got true with search.score_init = 'scaled', which weighs nothing against time; expected 'taylor' there",
+    ),
     ({"target": {"batch": 0}}, "target.batch: got 0; expected at least 1"),
     (
         {"target": {"form": "uint8"}, "export": {"forms": ["float"]}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,15 @@ def check_engine(setting: Setting) -> None:
         from vpdeploy.measure.engines.torch_engine import check_torch
 
         check_torch(setting)
+
+
+def settings_kept(setting: Setting) -> AbstractContextManager[None]:
+    """Within it sessions may be opened and run; what an engine sets for the whole process is as it was afterwards."""
+    if _family(setting.engine) != "torch":
+        return nullcontext()
+    from vpdeploy.measure.engines.torch_engine import settings_of_torch
+
+    return settings_of_torch(setting)
 
 
 def open_session(subject: Subject, setting: Setting) -> Session:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,20 @@ def _device(setting: Setting) -> torch.device:
     return device
 
 
+@contextmanager
+def settings_of_torch(setting: Setting) -> Iterator[None]:
+    """For one measurement: threads are torch's own for the whole process, and what is trained later shall have its own again.
+    Networks of one class share their code, and beyond a limit of them torch would run the others uncompiled, and not say so.
+    """
+    threads = torch.get_num_threads()
+    limits = {"recompile_limit": RECOMPILES, "fail_on_recompile_limit_hit": True}
+    try:
+        with torch._dynamo.config.patch(limits) if setting.engine == "torch-compile" else nullcontext():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def open_torch(subject: Subject, setting: Setting) -> Session:
     """Threads and TF32 are torch's own for the whole process: all networks of one measurement run under one setting.
 
@@ -50,9 +65,6 @@ def open_torch(subject: Subject, setting: Setting) -> Session:
     forward: Callable[[Tensor], Tensor] = _in_precision(network, dtype)
     if setting.engine == "torch-compile":
         torch._dynamo.reset()
-        # Networks of one class share their code, and beyond this many of it torch would run them uncompiled.
-        torch._dynamo.config.recompile_limit = max(RECOMPILES, torch._dynamo.config.recompile_limit)
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
         forward = torch.compile(forward, dynamic=False)
     elif setting.engine == "torch-cudagraphs":
         forward = _graphed(forward, device)
