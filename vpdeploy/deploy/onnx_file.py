@@ -24,6 +24,9 @@ from vpdeploy.errors import ModelError
 from vpdeploy.run_folder import write_bytes
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+NOWHERE = (
+    "_empty_nn_module_stack"  # what torch 2.11 writes in the place of a module for operations that it makes itself
+)
 Core = onnx.ModelProto  # the graph of images that are resized already: that of form "float"
 LIMIT_BYTES = 2**31 - 2**24  # a protobuf message holds less than 2 GiB; 16 MiB are left for the graph itself
 
@@ -82,6 +85,7 @@ def _resizing(image_size: int, how: str, opset: int) -> onnx.ModelProto:
     example = torch.zeros(2, image_size + 7, image_size + 11, 3, dtype=torch.uint8)
     model = _trace(module, example, ("n", "h", "w"), "resized", opset=opset)
     for node in model.graph.node:
+        node.name = _of_resize(node.name)
         node.input[:] = map(_of_resize, node.input)
         node.output[:] = map(_of_resize, node.output)
     for named in (*model.graph.initializer, *model.graph.output):
@@ -91,7 +95,7 @@ def _resizing(image_size: int, how: str, opset: int) -> onnx.ModelProto:
 
 def _of_resize(name: str) -> str:
     """A name that the graph behind cannot have too; an empty one is an input left out."""
-    return name if name in ("", "image") else f"resize/{name}"
+    return name if name in ("", "image") or name.startswith("resize/") else f"resize/{name}"
 
 
 def _behind(front: onnx.ModelProto, core: Core) -> onnx.ModelProto:
@@ -152,8 +156,8 @@ def _scope(node: onnx.NodeProto) -> str:
     """The innermost module that called the operation, as the exporter notes it: a list of names, the operation's own the last."""
     noted = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
     try:
-        scopes = ast.literal_eval(noted)
-        return str(scopes[-2]) if len(scopes) > 1 else ""
+        scopes = [str(name) for name in ast.literal_eval(noted) if not str(name).startswith(NOWHERE)]
+        return scopes[-2] if len(scopes) > 1 else ""
     except (ValueError, SyntaxError):
         return ""
 

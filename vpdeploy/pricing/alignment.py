@@ -16,10 +16,12 @@ from vpdeploy.measure.environment import machine
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.target import Target
+from vpdeploy.surgery.cost import Array
 from vpdeploy.values import ChannelGroup
 
-MULTIPLES = (1, 2, 4, 8, 16, 32)
-NEARLY_BEST = 0.95  # of the best multiple's speed: the smallest that has it leaves the most choice
+MULTIPLES = (1, 4, 8, 16, 32)
+NEARLY_BEST = 0.97  # of the best multiple's speed: the smallest that has it leaves the most choice
+SWEPT = 0.1  # seconds of each network: multiples differ by hundredths
 
 
 def multiple_of(target: Target, network: Network) -> tuple[int, dict[str, float]]:
@@ -32,12 +34,10 @@ def multiple_of(target: Target, network: Network) -> tuple[int, dict[str, float]
 
 
 def speeds_of(target: Target, network: Network) -> dict[str, float]:
-    """Width multiple -> MACs per millisecond relative to the best, of networks at about half the width whose widths are odd
+    """Width multiple -> MACs per millisecond relative to the best, of two networks at about half the width whose widths are odd
     multiples of it: no better ones by chance. Kept between runs, for the machine, the engine and the layers.
     """
-    rows = {
-        k: np.array([_odd_multiple(group, network, k) for group in network.groups.prunable], float) for k in MULTIPLES
-    }
+    rows = {f"{k} {half}": row for k in MULTIPLES for half, row in enumerate(_about_half(network, k))}
     about = [machine(), network.recipe.target.model_dump(), target.image_shape, [row.tolist() for row in rows.values()]]
     about.append([network.cost.macs(row) for row in rows.values()])
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -46,8 +46,11 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
         speeds = json.loads(path.read_bytes())["speeds"]
         if list(speeds) == [str(k) for k in MULTIPLES] and all(0 < float(speed) <= 1 for speed in speeds.values()):
             return {k: float(speed) for k, speed in speeds.items()}
-    timed = target.glance({str(k): target.candidates.subject(row) for k, row in rows.items()})
-    rates = {str(k): network.cost.macs(row) / timed[str(k)].p50_ms for k, row in rows.items()}
+    timed = target.glance({name: target.candidates.subject(row) for name, row in rows.items()}, seconds=SWEPT)
+    rates = {}
+    for k in MULTIPLES:
+        both = [name for name in rows if name.split()[0] == str(k)]
+        rates[str(k)] = sum(network.cost.macs(rows[name]) for name in both) / sum(timed[name].p50_ms for name in both)
     speeds = {k: round(rate / max(rates.values()), 4) for k, rate in rates.items()}
     with suppress(RunFolderError, OSError):  # a home that cannot be written to: it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +58,23 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
     return speeds
 
 
-def _odd_multiple(group: ChannelGroup, network: Network, round_to: int) -> int:
-    """Of what a group may keep, the odd multiple of its step that is nearest to half its width."""
+def _about_half(network: Network, round_to: int) -> Array:
+    """Widths of two networks: [2, groups]. What one has below half its width, the other has above, by the draw: kernels take
+    several blocks of channels at once, and how many are left over decides.
+    """
+    generator = np.random.default_rng(0)
+    pairs = [_odd_multiples(group, network, round_to) for group in network.groups.prunable]
+    return np.array([pair if generator.random() < 0.5 else pair[::-1] for pair in pairs], float).T
+
+
+def _odd_multiples(group: ChannelGroup, network: Network, round_to: int) -> tuple[int, int]:
+    """Of what a group may keep, the odd multiples of its step that are next to half its width, below and above."""
     allowed = network.allowed(group, round_to)
     step = allowed[1] - allowed[0] if len(allowed) > 2 else 1
     odd = [width for width in allowed[:-1] if width // step % 2] or allowed
-    return min(odd, key=lambda width: abs(width - group.width / 2))
+    below = [width for width in odd if width <= group.width / 2] or odd[:1]
+    above = [width for width in odd if width >= group.width / 2] or odd[-1:]
+    return below[-1], above[0]
 
 
 def cache_folder() -> Path:

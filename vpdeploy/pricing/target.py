@@ -54,9 +54,9 @@ class Target:
     def images(self) -> Any:
         return random_images(self.candidates.form, self.image_shape, batch=self.setting.batch, seed=0)
 
-    def glance(self, subjects: Mapping[str, Subject]) -> Mapping[str, Latency]:
+    def glance(self, subjects: Mapping[str, Subject], *, seconds: float = GLANCE) -> Mapping[str, Latency]:
         """Of many networks, in the same rounds: a first look."""
-        return self._timed(subjects, GLANCE, QUICK)
+        return self._timed(subjects, seconds, QUICK)
 
     def against_dense(self, widths: Array) -> tuple[float, float]:
         """Median milliseconds at ``widths`` and, in the same rounds, of the dense arm: as a report would tell them."""

@@ -15,7 +15,8 @@ from vpdeploy.training.network import Compute, Prompted, build_canvas
 
 GAIN = 0.9  # a change of precision or layout must save a tenth of the time, or plain float32 stays
 SECONDS = 1.5  # of measurement for each candidate
-STEPS = 12
+STEPS, LEAST_STEPS = 12, 3
+FEW = 4  # images that tell how many are timed
 
 
 def find_device(name: str) -> torch.device:
@@ -49,24 +50,32 @@ def choose_compute(backbone: nn.Module, *, recipe: Recipe) -> Compute:
     ]
     if len(candidates) == 1:
         return candidates[0]
-    seconds = [_step_seconds(backbone, recipe, candidate) for candidate in candidates]
+    batch = _batch_in_time(backbone, recipe, candidates[0])
+    seconds = [_step_seconds(backbone, recipe, candidate, batch=batch) for candidate in candidates]
     best = min(range(len(candidates)), key=seconds.__getitem__)
     return candidates[best] if seconds[best] < GAIN * seconds[0] else candidates[0]
 
 
-def _step_seconds(backbone: nn.Module, recipe: Recipe, compute: Compute) -> float:
-    """Median seconds of one training step at the tuning batch size."""
+def _batch_in_time(backbone: nn.Module, recipe: Recipe, compute: Compute) -> int:
+    """As many images of the tuning batch as let a few steps take SECONDS: a whole batch of large images takes a CPU minutes."""
+    few = min(FEW, recipe.tune.batch_size)
+    per_image = _step_seconds(backbone, recipe, compute, batch=few, seconds=0.0) / few
+    return max(few, min(recipe.tune.batch_size, int(SECONDS / LEAST_STEPS / per_image)))
+
+
+def _step_seconds(
+    backbone: nn.Module, recipe: Recipe, compute: Compute, *, batch: int, seconds: float = SECONDS
+) -> float:
+    """Median seconds of one training step of ``batch`` images, the first left out; of LEAST_STEPS at least."""
     network = Prompted(
         build_canvas(recipe, prompted=False), copy.deepcopy(backbone).requires_grad_(True), compute
     ).train()
     side = recipe.input.image_size
-    images = torch.rand(recipe.tune.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
-        compute.device
-    )
-    labels = torch.zeros(recipe.tune.batch_size, dtype=torch.int64, device=compute.device)
+    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(compute.device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=compute.device)
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - began < SECONDS and len(times) < STEPS):
+    while len(times) < LEAST_STEPS or (time.perf_counter() - began < seconds and len(times) < STEPS):
         start = time.perf_counter()
         F.cross_entropy(network(images), labels).backward()
         if compute.device.type == "cuda":

@@ -14,6 +14,7 @@ from torch import nn
 from vpdeploy import workbench
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.writing import with_values
 from vpdeploy.stages import Stage
 from vpdeploy.training import compute
 from vpdeploy.training.compute import GAIN, choose_compute, find_device
@@ -32,7 +33,7 @@ def recipe(**values: Any) -> Recipe:
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[bool, bool], float]:
     """Seconds of a step by (bf16, channels_last), instead of a measurement; a candidate that is absent must not be tried."""
     seconds: dict[tuple[bool, bool], float] = {}
-    monkeypatch.setattr(compute, "_step_seconds", lambda _, __, c: seconds[c.bf16, c.channels_last])
+    monkeypatch.setattr(compute, "_step_seconds", lambda _, __, c, **kw: seconds[c.bf16, c.channels_last])
     return seconds
 
 
@@ -72,12 +73,25 @@ def test_a_layout_asked_for_holds_for_both_precisions(measured: dict[tuple[bool,
     assert choose_compute(tiny.network(), recipe=recipe(channels_last="no")) == Compute(CPU, True, False)
 
 
-def test_a_measurement_is_a_number_and_leaves_the_network_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "SECONDS", 0.0)
+@pytest.mark.parametrize(("per_image", "batch"), [(2.0, 4), (0.05, 10), (1e-5, 128)])
+def test_slow_steps_are_timed_with_fewer_images(monkeypatch: pytest.MonkeyPatch, per_image: float, batch: int) -> None:
+    """A step of ResNet-50 with 128 images of 224 pixels takes two cores a minute."""
+    seen: list[int] = []
+
+    def step(_: object, __: object, ___: object, *, batch: int, **kw: object) -> float:
+        seen.append(batch)
+        return per_image * batch
+
+    monkeypatch.setattr(compute, "_step_seconds", step)
+    choose_compute(tiny.network(), recipe=with_values(recipe(), {"tune.batch_size": 128}))
+    assert seen == [4, batch, batch, batch]
+
+
+def test_a_measurement_is_a_number_and_leaves_the_network_alone() -> None:
     backbone = tiny.network()
     before = tiny.snapshot(backbone)
     for bf16, last in ((False, False), (True, True)):
-        assert compute._step_seconds(backbone, recipe(), Compute(CPU, bf16, last)) > 0
+        assert compute._step_seconds(backbone, recipe(), Compute(CPU, bf16, last), batch=2, seconds=0.0) > 0
     assert tiny.snapshot(backbone) == before
 
 
