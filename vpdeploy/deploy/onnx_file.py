@@ -7,7 +7,7 @@ import copy
 import gc
 import logging
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
@@ -80,7 +80,7 @@ def _core(deployable: Deployable, path: Path, *, opset: int) -> Core:
 @lru_cache(maxsize=8)
 def _resizing(image_size: int, how: str, opset: int) -> onnx.ModelProto:
     """The resize alone. It knows nothing of the network behind it, so it is exported once."""
-    module = nn.Sequential(OrderedDict(resize=Resize(image_size, how))).eval()
+    module = Resize(image_size, how).eval()
     # Height and width differ from each other and from image_size, so that nothing is taken for a constant.
     example = torch.zeros(2, image_size + 7, image_size + 11, 3, dtype=torch.uint8)
     model = _trace(module, example, ("n", "h", "w"), "resized", opset=opset)
@@ -95,7 +95,7 @@ def _resizing(image_size: int, how: str, opset: int) -> onnx.ModelProto:
 
 def _of_resize(name: str) -> str:
     """A name that the graph behind cannot have too; an empty one is an input left out."""
-    return name if name in ("", "image") or name.startswith("resize/") else f"resize/{name}"
+    return name if name in ("", "image") else f"resize/{name}"
 
 
 def _behind(front: onnx.ModelProto, core: Core) -> onnx.ModelProto:
