@@ -237,10 +237,9 @@ def bench(
         )
     shaky = _bench_files(what, given, as_json=as_json) if files else _bench_run(what[0], given)
     if shaky:
-        _say_error(
-            f"{len(shaky)} measurements were not steady: the medians of their first and last half differ by more than 15 %; "
-            "stop what else runs on this machine, or measure longer with --seconds"
-        )
+        from vpdeploy.pipeline import told_unsteady
+
+        _say_error(told_unsteady(shaky))
         raise typer.Exit(UNSTEADY)
 
 
@@ -262,11 +261,11 @@ def _bench_run(run: Path, given: dict[str, Any]) -> list[Latency]:
         return shaky
     from vpdeploy.report.table import times_table
 
-    report = pipeline.bench_more(run, given, display=Display(err))
+    report, shaky = pipeline.bench_more(run, given, display=Display(err))
     factors = {name: report.factors[name].latency_p50 if name in report.factors else () for name in report.arms}
     out.print(times_table({name: (arm.latency, factors[name]) for name, arm in report.arms.items()}, first="arm"))
     out.print(f"added to: {run / 'report.html'}", soft_wrap=True, highlight=False)
-    return [row for arm in report.arms.values() for row in arm.latency if not row.steady]
+    return shaky
 
 
 def _bench_files(files: list[Path], given: dict[str, Any], *, as_json: bool) -> list[Latency]:

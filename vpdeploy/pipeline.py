@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
+from vpdeploy.measure.latency import STEADY
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
@@ -59,6 +60,8 @@ def run(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, 
         _prune(recipe, folder, redo=redo, command=command, display=display)
         export_arms(_reopened(folder, display))
         measure_arms(_reopened(folder, display))
+        if shaky := unsteady(folder, recipe):
+            display.say(f"warning: {told_unsteady(shaky)}")
         return write_report(folder)
 
 
@@ -93,12 +96,23 @@ def bench(folder: Path, *, display: Display) -> list[Latency]:
         return unsteady(folder, recipe)
 
 
-def bench_more(folder: Path, given: Mapping[str, Any], *, display: Display) -> Report:
-    """Latencies of a run's files under further conditions, added to its report. ``given``: key of [bench] -> value."""
+def told_unsteady(rows: Sequence[Latency]) -> str:
+    """What is wrong with ``rows``, and what to do."""
+    return (
+        f"{len(rows)} measurements were not steady: the medians of their halves differ by more than {100 * STEADY:.0f} %; "
+        "stop what else runs on this machine, or measure longer"
+    )
+
+
+def bench_more(folder: Path, given: Mapping[str, Any], *, display: Display) -> tuple[Report, list[Latency]]:
+    """Latencies of a run's files under further conditions, added to its report, and those of them that were not steady.
+
+    given: key of [bench] -> value.
+    """
     table = bench_table(given, base=read_recipe(folder).bench)
     with run_folder.locked(folder):
-        measure_more(_reopened(folder, display), table)
-        return write_report(folder)
+        shaky = measure_more(_reopened(folder, display), table)
+        return write_report(folder), shaky
 
 
 def report(folder: Path) -> Report:

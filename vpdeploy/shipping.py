@@ -164,8 +164,10 @@ def measure_arms(work: Workbench) -> None:
         run_folder.write_json(measuring_machine_file(work.run), {**environment(), "engines": latencies.engines})
 
 
-def measure_more(work: Workbench, table: BenchTable) -> None:
-    """Latencies of every arm under the conditions of ``table``, added to what was measured; those under the same are new."""
+def measure_more(work: Workbench, table: BenchTable) -> list[Latency]:
+    """Latencies of every arm under the conditions of ``table``, added to what was measured; those under the same are new. Gives
+    those of them that were not steady.
+    """
     recipe = work.recipe
     work.require([Stage("bench")], command=f"vpdeploy bench {work.run}")
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
@@ -179,6 +181,7 @@ def measure_more(work: Workbench, table: BenchTable) -> None:
     path = measuring_machine_file(work.run)
     noted = json.loads(run_folder.read_bytes(path))
     run_folder.write_json(path, {**noted, "engines": {**noted.get("engines", {}), **latencies.engines}})
+    return [row for more in latencies.arms.values() for row in more if not row.steady]
 
 
 def unsteady(run: Path, recipe: Recipe) -> list[Latency]:

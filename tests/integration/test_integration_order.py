@@ -329,7 +329,7 @@ def test_latencies_under_other_conditions_are_added_to_the_report(finished, tmp_
     before = pipeline.report(run)
     threads = torch.get_num_threads()
     try:
-        made = pipeline.bench_more(
+        made, _ = pipeline.bench_more(
             run, {"engines": ("torch-eager", "onnxruntime-cpu"), "batches": (1, 2)}, display=QUIET
         )
     finally:

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 
 PACKAGES = ("vpdeploy", "torch", "torchvision", "torch-pruning", "onnx", "onnxruntime", "fvcore", "openvino", "numpy")
-MEASURING = ("vpdeploy", "onnxruntime")
+DRIVER = Path("/proc/driver/nvidia/gpus")
+MEASURING = ("vpdeploy", "torch", "onnxruntime", "openvino")
 
 
 def environment() -> dict[str, Any]:
@@ -35,7 +36,8 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """What a measurement depends on beside the recipe and the files: elsewhere it has to be done again."""
-    return {"cpu": _cpu_model(), "cores": str(_usable_cores()), **{name: _version(name) for name in MEASURING}}
+    found = {"cpu": _cpu_model(), "cores": str(_usable_cores()), **{name: _version(name) for name in MEASURING}}
+    return {**found, **({"gpu": gpus} if (gpus := _gpus_of_driver()) else {})}
 
 
 def _version(name: str) -> str:
@@ -76,6 +78,15 @@ def _operating_system() -> str:
     except (OSError, KeyError):
         name = platform.system()
     return f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
+
+
+def _gpus_of_driver() -> str:
+    """The models of NVIDIA's GPUs as their driver on Linux tells them, without an import; empty elsewhere."""
+    told = (path.read_text(errors="replace") for path in sorted(DRIVER.glob("*/information")))
+    models = (
+        line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:")
+    )
+    return ", ".join(models)
 
 
 def _gpu() -> str | None:

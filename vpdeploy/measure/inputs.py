@@ -32,6 +32,10 @@ def input_of(path: Path) -> FileInput:
 
     Raises: VpdeployError when it is no ONNX file, or takes something else than one batch of images.
     """
+    if path.is_dir():
+        raise VpdeployError(
+            f"{path}: a folder beside others; expected ONNX files, or one run: `vpdeploy compare` takes several"
+        )
     if not path.is_file():
         raise VpdeployError(f"{path}: no such file; expected an ONNX file, or a run folder")
     try:

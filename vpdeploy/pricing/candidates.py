@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -69,25 +70,38 @@ class Candidates:
     def dense_module(self) -> nn.Module:
         return self.deployable(self.backbone, prompted=False)
 
-    def byte_terms(self, shapes: Shapes) -> list[Term]:
-        """The bytes of all constants of the file, as they follow the widths."""
+    def byte_terms(self, shapes: Shapes, narrowest: Array) -> list[Term]:
+        """The bytes of all constants of the file, as they follow the widths. Where the graph does not tell, those of the
+        parameters, scaled so that the file of ``narrowest`` widths is met too: the exporter folds some, and adds others.
+        """
         if self.graph is not None:
             return self.graph.terms()
         parameters = dict(self.backbone.named_parameters())
-        return [
+        terms = [
             Term(name.rpartition(".")[0], 4.0, tuple((name, axis) for axis in range(len(axes))))
             for name, axes in shapes.tensors.items()
             if name in parameters
         ]
+        cost = shapes.sum_of(terms)
+        of_parameters = cost.at(shapes.dense_widths) - cost.at(narrowest)
+        with suppress(VpdeployError):  # a narrower one that cannot be exported is told where it is needed
+            _, path = self._written(narrowest)
+            removed = self.whole.stat().st_size - path.stat().st_size
+            terms = [replace(term, amount=term.amount * removed / max(1.0, of_parameters)) for term in terms]
+        return terms
 
     def subject(self, widths: Array) -> Subject:
         """What runs at ``widths`` [groups]: a file, and the module that it is of."""
+        cuts, path = self._written(widths)
+        return Subject(path, partial(self._module, cuts))
+
+    def _written(self, widths: Array) -> tuple[PrunePlan, Path]:
         cuts = plan(self.backbone, self.groups, self.mask(widths))
         name = hashlib.sha256(np.asarray(widths, np.int64).tobytes()).hexdigest()[:16]
         path = self.folder / f"{name}.{self.form}.onnx" if cuts.kept else self.whole
         if not path.exists():
             self._write(cuts, path)
-        return Subject(path, partial(self._module, cuts))
+        return cuts, path
 
     def mask(self, widths: Array) -> ChannelMask:
         """The first channels of each group, as many as ``widths`` say."""

@@ -17,16 +17,16 @@ from vpdeploy.pricing.alignment import multiple_of
 from vpdeploy.pricing.candidates import Candidates, target_text
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import reach_text, table_of, what_stops
-from vpdeploy.pricing.settle import limits_in_practice
+from vpdeploy.pricing.settle import GLANCED, limits_in_practice
 from vpdeploy.pricing.target import Measured, Target, opened, shape_of_image
 from vpdeploy.recipe.tables import BudgetTable
-from vpdeploy.scoring.select import Selector, build_selector
-from vpdeploy.surgery.cost import Array
-from vpdeploy.surgery.shapes import Shapes
+from vpdeploy.scoring.select import MEASURED, Selector, build_selector, is_ratio, shown
+from vpdeploy.surgery.cost import Array, quantity_of
 from vpdeploy.values import ChannelGroups, Price, Term
 from vpdeploy.workbench import Workbench
 
 MIB = 2**20
+FORMULAS = frozenset(("channel_ratio", "macs_ratio", "params_ratio"))
 MIXED = 6  # networks between the narrowest and the dense one from which times are fitted
 
 
@@ -44,7 +44,7 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
         target = Target(candidates, setting, shape_of_image(recipe))
         candidates.check(network.narrowest(1))
         round_to, alignment = multiple_of(target, network)
-        files = _file_terms(work, groups, candidates, network.shapes)
+        files = _file_terms(work, groups, candidates, network, network.narrowest(round_to))
         made = Price(
             round_to=round_to,
             costs={"file_mib": files},
@@ -104,7 +104,9 @@ def _mixed(network: Network, round_to: int, between: int) -> Array:
     return np.array(columns, float).T.reshape(between + 2, len(columns))
 
 
-def _file_terms(work: Workbench, groups: ChannelGroups, candidates: Candidates, shapes: Shapes) -> tuple[Term, ...]:
+def _file_terms(
+    work: Workbench, groups: ChannelGroups, candidates: Candidates, network: Network, narrowest: Array
+) -> tuple[Term, ...]:
     """MiB of the file that ships; where a budget speaks of files, of the largest form."""
     budget, forms = work.recipe.budget, [candidates.form]
     if "file_mib" in (budget.kind, *budget.limits.given):
@@ -117,8 +119,8 @@ def _file_terms(work: Workbench, groups: ChannelGroups, candidates: Candidates, 
                 if form == candidates.form
                 else Candidates(work, groups, Path(folder), form=form, prompted=candidates.prompted)
             )
-            size, terms = made.whole.stat().st_size, made.byte_terms(shapes)
-        fixed = size - shapes.sum_of(terms).at(shapes.dense_widths)
+            size, terms = made.whole.stat().st_size, made.byte_terms(network.shapes, narrowest)
+        fixed = size - network.shapes.sum_of(terms).at(network.shapes.dense_widths)
         found.append((size, [Term("", fixed), *terms]))
     _, terms = max(found, key=lambda pair: pair[0])
     return tuple(replace(term, amount=term.amount / MIB) for term in terms)
@@ -133,12 +135,24 @@ def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selec
 
 
 def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budget: BudgetTable) -> None:
-    """Whether another budget than that which was ``priced`` can be reached, as far as formulas tell.
+    """Whether another budget than that which was ``priced`` can be reached: what formulas tell, exactly; of the rest, what the
+    table tells of the narrowest network: of a file the form of the target, times and memory but for what a glance may be off.
 
     Raises: BudgetError.
     """
-    known = {"channel_ratio", "macs_ratio", "params_ratio"}  # of a file only the form of the target was exported
-    if known.issuperset((budget.kind, *budget.limits.given)):
+    asked = {budget.kind: budget.requested, **budget.limits.given}
+    rows = {row.quantity: row for row in priced.table}
+    for kind, amount in asked.items():
+        row = rows.get(quantity_of(kind))
+        if row is None or kind in FORMULAS:
+            continue
+        limit = amount * (row.dense if is_ratio(kind) else 1.0)
+        if row.smallest > limit * (1 + GLANCED * (kind in MEASURED)):
+            best = shown(row.smallest / (row.dense if is_ratio(kind) else 1.0))
+            raise BudgetError(
+                f"budget.{kind}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: ask for more"
+            )
+    if FORMULAS.issuperset(asked):
         other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))
         selector_at(priced, Network.of(other, groups))
 

@@ -15,15 +15,15 @@ from vpdeploy.measure.settings import setting_of
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import what_stops
 from vpdeploy.pricing.target import Target, opened, shape_of_image
-from vpdeploy.scoring.select import Selector, is_ratio, select
+from vpdeploy.scoring.select import MEASURED, Bound, Selector, is_ratio, select, unreachable
 from vpdeploy.surgery.cost import Array, quantity_of
 from vpdeploy.values import ChannelGroups, Price, Selection
 from vpdeploy.workbench import Workbench
 
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
-MEASURED = ("latency_ratio", "latency_ms", "memory_mib")
 MEMORY_RUNS = 8  # of which the largest counts: processes of one file differ by whole buffers
 TRIES, MEMORY_TRIES = 8, 32
+GLANCED = 0.15  # by which a glance at one network may be off
 NEAR = 0.03  # and no further below is looked for
 SURE = 0.001  # of a budget in memory, below it: processes that take the same buffers differ by 0.05 %
 
@@ -50,22 +50,13 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
 
     Raises: BudgetError when the narrowest network, as measured, still costs too much.
     """
+    most = network.recipe.budget.max_removal
+    told = f"(measured on {priced.target}, with round_to = {priced.round_to} and max_removal = {most:g})"
     for bound in selector.bounds:
-        name = quantity_of(bound.kind)
-        if bound.kind not in MEASURED:
-            continue
-        least = priced.least[name]
-        if bound.kind == "memory_mib":  # as it will be settled
-            least = (target.memory(selector.least_widths, runs=MEMORY_RUNS) or least) / (1 - SURE)
-        if least > bound.limit:
+        if bound.kind in MEASURED and (least := _least(bound, selector, target, priced)) > bound.limit:
             key = f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
-            best = least / (priced.dense[name] if is_ratio(bound.kind) else 1.0)
-            raise BudgetError(
-                f"{key}: got {bound.requested:g}; the best reachable is {best:.4g}, measured on {priced.target}, with round_to = "
-                f"{priced.round_to} and max_removal = {network.recipe.budget.max_removal:g}"
-                f"{what_stops(bound.kind, selector.least_widths, priced, network)}; ask for that or more, lower budget.round_to, "
-                "or raise budget.max_removal"
-            )
+            made_of = what_stops(bound.kind, selector.least_widths, priced, network)
+            raise unreachable(key, bound, least, told + made_of)
     generator = np.random.default_rng(0)
     scores = {
         root: generator.random(int(width)) for root, width in zip(selector.roots, selector.dense_widths, strict=True)
@@ -74,6 +65,17 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
     with suppress(BudgetError):  # the narrowest network meets it, as was seen above: what is lacking is a quiet machine
         settling.done(tries=TRIES)
     return settling.limits or {kind: bracket.limit for kind, bracket in settling.brackets.items()}
+
+
+def _least(bound: Bound, selector: Selector, target: Target, priced: Price) -> float:
+    """Of the narrowest network, as its mask would be measured; a glance is enough where it is far from the limit."""
+    least = priced.least[quantity_of(bound.kind)]
+    if bound.kind == "memory_mib":
+        return (target.memory(selector.least_widths, runs=MEMORY_RUNS) or least) / (1 - SURE)
+    if abs(least - bound.limit) > GLANCED * bound.limit:
+        return least
+    ms, dense_ms = target.against_dense(selector.least_widths)
+    return ms / dense_ms * bound.dense if is_ratio(bound.kind) else ms
 
 
 @dataclass

@@ -73,6 +73,7 @@ class Selector:
         return replace(self, bounds=tuple(replace(b, limit=limit) if b.kind == kind else b for b in self.bounds))
 
 
+MEASURED = ("latency_ratio", "latency_ms", "memory_mib")  # of these a sum is near what the network has, and no more
 LEAST_CHANNELS = 4  # of a layer: a squeeze of 2 or 3 channels says nothing, and saves nothing
 
 
@@ -111,8 +112,8 @@ def build_selector(
     takes them; ``speed``: the quantity that importance is weighed against beside the budget's, unless that is the same;
     ``stops`` tells what a kind is made of where widths can get no narrower.
 
-    Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much, when the dense
-    network does with less than was requested, and without any group to prune.
+    Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much (but for MEASURED
+    quantities), when the dense network does with less than was requested, and without any group to prune.
     """
     widths = np.array([group.width for group in groups], np.int64)
     starts = np.concatenate([[0], np.cumsum(widths)])[:-1].astype(np.int64)
@@ -152,7 +153,7 @@ def _check_reachable(bound: Bound, selector: Selector, told: str, stops: Callabl
     dense, least = bound.dense, bound.cost(selector.least_widths)
     if soft and not is_ratio(bound.kind) and bound.limit >= dense:
         raise BudgetError(
-            f"{key}: got {bound.requested:g}; the dense network has {_shown(dense)} already, so that nothing need be "
+            f"{key}: got {bound.requested:g}; the dense network has {shown(dense)} already, so that nothing need be "
             f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
         )
     if not groups and (bound.requested < 1 if is_ratio(bound.kind) else bound.limit < dense):
@@ -160,12 +161,16 @@ def _check_reachable(bound: Bound, selector: Selector, told: str, stops: Callabl
             f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, dense, dense)}, as nothing can be "
             "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
         )
-    if groups and least > bound.limit * (1 + 1e-12):
-        raise BudgetError(
-            f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, dense)} {told}"
-            f"{stops(bound.kind, selector.least_widths)}; ask for that or more, lower budget.round_to, or raise "
-            "budget.max_removal"
-        )
+    if groups and least > bound.limit * (1 + 1e-12) and bound.kind not in MEASURED:
+        raise unreachable(key, bound, least, f"{told}{stops(bound.kind, selector.least_widths)}")
+
+
+def unreachable(key: str, bound: Bound, least: float, told: str) -> BudgetError:
+    """least: of the narrowest network, in the unit of ``bound.dense``; ``told``: under what it is the least, and made of what."""
+    return BudgetError(
+        f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, bound.dense)} {told}; ask for that or "
+        "more, lower budget.round_to, or raise budget.max_removal"
+    )
 
 
 def is_ratio(kind: str) -> bool:
@@ -174,10 +179,10 @@ def is_ratio(kind: str) -> bool:
 
 def _reachable(bound: Bound, least: float, dense: float) -> str:
     """Rounded up: what is told can be asked for."""
-    return _shown(least) if not is_ratio(bound.kind) else f"{math.ceil(least / dense * 1e4) / 1e4:g}" if dense else "1"
+    return shown(least) if not is_ratio(bound.kind) else f"{math.ceil(least / dense * 1e4) / 1e4:g}" if dense else "1"
 
 
-def _shown(value: float) -> str:
+def shown(value: float) -> str:
     """Four digits, rounded up."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
     return f"{math.ceil(value / step - 1e-9) * step:.6g}"

@@ -10,6 +10,7 @@ from budgeted import workbench
 from vpdeploy import pipeline
 from vpdeploy.measure.engines import Setting
 from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.network import Network
 
 HEADS = "return self.c(y.flatten(2).mean(2))"
 SHUFFLE = (
@@ -43,6 +44,10 @@ def test_a_network_whose_graph_cannot_be_followed_is_exported_each_time(tmp_path
     images = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
     from vpdeploy.measure.engines import open_session
 
+    network = Network.of(work, groups)
+    cost = network.shapes.sum_of(files.byte_terms(network.shapes, least))
+    removed = files.whole.stat().st_size - subject.path.stat().st_size
+    assert cost.at(network.cost.dense_widths) - cost.at(least) == pytest.approx(removed, rel=1e-9)
     with torch.no_grad():
         expected = subject.module()(torch.from_numpy(images)).numpy()
     assert np.allclose(open_session(subject, Setting())(images), expected, rtol=1e-3, atol=1e-5)

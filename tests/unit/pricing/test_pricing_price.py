@@ -20,6 +20,7 @@ from vpdeploy.pricing.price import elsewhere, selector_for
 from vpdeploy.pricing.reach import reach_text
 from vpdeploy.pricing.settle import settle
 from vpdeploy.pricing.target import Measured
+from vpdeploy.recipe.tables import BudgetTable
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import Conditions
@@ -84,6 +85,52 @@ def test_what_cannot_be_met_is_told_before_any_training(tmp_path, budget, told):
         priced(workbench(tmp_path, budget))
     assert told in str(caught.value)
     assert not (tmp_path / "run" / "source.safetensors").exists()
+
+
+@pytest.mark.parametrize(("glance", "measured", "fits"), [(5.3, 4.9, True), (4.8, 5.1, False), (9.0, 4.0, False)])
+def test_a_glance_refuses_nothing_that_is_near(tmp_path, monkeypatch, glance, measured, fits):
+    """It may be off by more than what decides: near the limit the narrowest network is measured as masks will be."""
+    measure = price._with_measured
+    monkeypatch.setattr(
+        price,
+        "_with_measured",
+        lambda *args: replace(
+            made := measure(*args), least={**made.least, "latency_ms": glance}, dense={**made.dense, "latency_ms": 20.0}
+        ),
+    )
+    monkeypatch.setattr(target.Target, "against_dense", lambda *_: (measured, 20.0))
+    work = workbench(tmp_path, {"latency_ms": 5.0})
+    if fits:
+        assert priced(work).limits
+    else:
+        with pytest.raises(
+            BudgetError,
+            match=f"^budget.latency_ms: got 5; the best reachable is {max(glance, measured):g} .measured on ",
+        ):
+            priced(work)
+
+
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [
+        ({"latency_ratio": 0.01}, "budget.latency_ratio: got 0.01; the narrowest network has 0."),
+        ({"file_mib": 0.001}, "budget.file_mib: got 0.001; the narrowest network has 0."),
+        ({"memory_mib": 1.0}, "budget.memory_mib: got 1; the narrowest network has "),
+        ({"macs_ratio": 0.001}, "budget.macs_ratio: got 0.001; the best reachable is "),
+        (
+            {"macs_ratio": 0.5, "limits": {"latency_ms": 1e-5}},
+            "budget.latency_ms: got 1e-05; the narrowest network has ",
+        ),
+    ],
+)
+def test_other_budgets_out_of_reach_are_told_by_the_table_of_the_first(tmp_path, point, told):
+    work = workbench(tmp_path, {"macs_ratio": 0.5})
+    groups = pipeline.grouped(work)
+    found = pipeline.priced(work, groups)
+    price.check_reachable(work, groups, found, BudgetTable(latency_ratio=0.9, round_to=8))
+    with pytest.raises(BudgetError) as caught:
+        price.check_reachable(work, groups, found, BudgetTable.model_validate(point))
+    assert told in str(caught.value)
 
 
 def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
