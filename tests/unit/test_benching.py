@@ -54,6 +54,7 @@ def test_files_are_measured_against_the_first(pair):
 
 REFUSED = {
     "gone": (lambda at: [at / "gone.onnx"], "gone.onnx: no such file; expected an ONNX file, or a run folder"),
+    "a folder": (lambda at: [at, at / "text.onnx"], "a folder beside others; expected ONNX files, or one run: "),
     "no model": (lambda at: [at / "text.onnx"], "text.onnx: (is no ONNX file|takes nothing)"),
     "two inputs": (lambda at: [model(at / "a.onnx", inputs=2)], "a.onnx: takes x0, x1; expected one input, a batch of images"),
     "of integers": (lambda at: [model(at / "a.onnx", kind=TensorProto.INT64)], r"its input 'x0' is int64 .*; expected uint8"),

@@ -194,20 +194,20 @@ def prices(selector: Selector) -> Array:
     What it adds to the budget: importance per product, or per millisecond (HALP, arXiv:2110.10811). Where speed counts beside
     another budget, the square of the milliseconds for each unit of that, relative to the whole network's, and no more:
     importance per product makes layers of unlike widths, which run slower than equally narrowed ones with the same products
-    (docs/results/speed.md).
+    (docs/results/speed.md). That is counted where every group has about what the budget leaves.
     """
-    price = _marginal(selector, selector.budget.cost)
+    bound = selector.budget
     if selector.speed is None:
-        return price
-    ms = _marginal(selector, selector.speed)
-    dense = selector.dense_widths
-    average = selector.speed(dense) / selector.budget.cost(dense)  # a price without a unit: neither tiny nor huge
+        return _marginal(bound.cost, selector.dense_widths)
+    # About where the mask will be: what a layer costs beside its products, it costs there too, of less.
+    widths = np.maximum(selector.dense_widths * math.sqrt(min(1.0, bound.limit / bound.dense)), 1.0)
+    price, ms = _marginal(bound.cost, widths), _marginal(selector.speed, widths)
+    average = selector.speed(widths) / bound.cost(widths)  # a price without a unit: neither tiny nor huge
     return np.divide(ms, average * price, out=np.zeros_like(ms), where=price > 0) ** 2
 
 
-def _marginal(selector: Selector, cost: Cost) -> Array:
-    dense = selector.dense_widths
-    return np.array([cost(dense) - cost(widths) for widths in dense - np.eye(len(dense))])
+def _marginal(cost: Cost, widths: Array) -> Array:
+    return np.array([cost(widths) - cost(narrower) for narrower in widths - np.eye(len(widths))])
 
 
 def _widths(selector: Selector, taken: Bools) -> Array:

@@ -11,11 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from vpdeploy.errors import VpdeployError
+from vpdeploy.measure import environment as environment_module
 from vpdeploy.measure import memory
 from vpdeploy.measure.accuracy import predictor, walk
 from vpdeploy.measure.engines import Setting, Subject
 from vpdeploy.measure.engines.onnxruntime_engine import about_onnxruntime, ort_session
-from vpdeploy.measure.environment import environment
+from vpdeploy.measure.environment import environment, machine
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
@@ -117,6 +118,15 @@ def test_peak_memory_is_the_childs_own(colour_model):
 def test_without_proc_there_is_no_memory_figure(colour_model, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
     assert measure_memory(colour_model, form="float", image_shape=(3, 8, 8), batch=1, threads=1) is None
+
+
+def test_what_was_measured_beside_another_gpu_or_torch_is_measured_again(tmp_path, monkeypatch):
+    assert machine().keys() >= {"cpu", "cores", "torch", "onnxruntime", "openvino"}
+    for number, model in enumerate(("NVIDIA A10", "NVIDIA L4")):
+        (folder := tmp_path / f"0000:0{number}:00.0").mkdir()
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 35\n")
+    monkeypatch.setattr(environment_module, "DRIVER", tmp_path)
+    assert machine()["gpu"] == "NVIDIA A10, NVIDIA L4"
 
 
 def test_the_environment_is_plain_names_no_one_and_imports_no_torch():

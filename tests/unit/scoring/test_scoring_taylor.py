@@ -61,3 +61,18 @@ def test_importance_is_weighed_against_milliseconds_under_a_budget_of_them():
     fast = build_selector(groups, cost, budget="macs_ratio", speed="latency_ms", **common)
     average = (3 * 8 + 8) / (8 + 2 * 8)  # ms for each product, of the whole: neither tiny nor huge, whatever the units
     assert prices(fast) == pytest.approx([(3 / 1 / average) ** 2, (1 / 2 / average) ** 2])
+
+
+@pytest.mark.parametrize(("requested", "width"), [(0.25, 4), (0.0625, 2), (0.999999, 8)])
+def test_speed_is_weighed_where_the_budget_leaves_widths(requested, width):
+    """What a layer costs beside its products weighs more in a narrow one."""
+    product = np.array([[[1.0, 0], [1, 0]], [[0.0, 1], [0, 0]]])  # a b, and a with a constant beside it
+    beside = np.array([[0.0, 0], [0, 8]])
+    ms, macs = Sum(product, beside, np.array([1.0, 1])), Sum(product[:, :1], beside[:, :1], np.array([1.0]))
+    cost = CostModel(macs, macs, np.array([8.0, 8.0]), {"latency_ms": ms})
+    groups = [group_of("a", 8, unit=1), group_of("b", 8, unit=1)]
+    fast = build_selector(
+        groups, cost, budget="macs_ratio", requested=requested, round_to=1, max_removal=0.9, speed="latency_ms"
+    )
+    a, b = prices(fast)
+    assert a / b == pytest.approx(((width + 8) / width) ** 2, rel=1e-5)
