@@ -80,8 +80,8 @@ def _common_input(paths: Sequence[Path], size: tuple[int, int] | None) -> tuple[
         told = ", ".join(f"{path} {found.form}" for path, found in taken.items())
         raise VpdeployError(f"bench: the files take different inputs ({told}); expected the same form of each")
     fixed = {path: _fixed_size(found) for path, found in taken.items()}
-    told = next((own for own in fixed.values() if own is not None), None)  # where others leave it open
-    shapes = {path: image_shape_of(path, found, size or fixed[path] or told) for path, found in taken.items()}
+    known = next((own for own in fixed.values() if own is not None), None)  # where others leave it open
+    shapes = {path: image_shape_of(path, found, size or fixed[path] or known) for path, found in taken.items()}
     if len(set(shapes.values())) > 1:
         told = ", ".join(f"{path} {list(shape)}" for path, shape in shapes.items())
         raise VpdeployError(f"bench: the files take different images ({told}); expected the same of each")

@@ -237,7 +237,7 @@ def bench(
         )
     shaky = _bench_files(what, given, as_json=as_json) if files else _bench_run(what[0], given)
     if shaky:
-        from vpdeploy.pipeline import told_unsteady
+        from vpdeploy.measure.latency import told_unsteady
 
         _say_error(told_unsteady(shaky))
         raise typer.Exit(UNSTEADY)

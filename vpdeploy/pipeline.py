@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
-from vpdeploy.measure.latency import STEADY
+from vpdeploy.measure.latency import told_unsteady
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
@@ -94,14 +94,6 @@ def bench(folder: Path, *, display: Display) -> list[Latency]:
     with run_folder.locked(folder):
         measure_arms(_asked_for(Stage("bench"), folder, display))
         return unsteady(folder, recipe)
-
-
-def told_unsteady(rows: Sequence[Latency]) -> str:
-    """What is wrong with ``rows``, and what to do."""
-    return (
-        f"{len(rows)} measurements were not steady: the medians of their halves differ by more than {100 * STEADY:.0f} %; "
-        "stop what else runs on this machine, or measure longer"
-    )
 
 
 def bench_more(folder: Path, given: Mapping[str, Any], *, display: Display) -> tuple[Report, list[Latency]]:

@@ -24,9 +24,7 @@ from vpdeploy.errors import ModelError
 from vpdeploy.run_folder import write_bytes
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-NOWHERE = (
-    "_empty_nn_module_stack"  # what torch 2.11 writes in the place of a module for operations that it makes itself
-)
+NOWHERE = "_empty_nn_module_stack"  # in place of a module, by torch 2.11, of operations that it makes itself
 Core = onnx.ModelProto  # the graph of images that are resized already: that of form "float"
 LIMIT_BYTES = 2**31 - 2**24  # a protobuf message holds less than 2 GiB; 16 MiB are left for the graph itself
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +148,11 @@ def is_steady(samples: NDArray[np.float64]) -> bool:
         return True
     first, last = (float(np.median(part)) for part in np.array_split(samples, 2))
     return max(first, last) <= (1 + STEADY) * min(first, last)
+
+
+def told_unsteady(rows: Sequence[Latency]) -> str:
+    """What is wrong with ``rows``, and what to do."""
+    return (
+        f"{len(rows)} measurements were not steady: the medians of their halves differ by more than {100 * STEADY:.0f} %; "
+        "stop what else runs on this machine, or measure longer"
+    )

@@ -149,8 +149,9 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
         limit = amount * (row.dense if is_ratio(kind) else 1.0)
         if row.smallest > limit * (1 + GLANCED * (kind in MEASURED)):
             best = shown(row.smallest / (row.dense if is_ratio(kind) else 1.0))
+            key = f"budget.{kind}" if kind == budget.kind else f"budget.limits.{kind}"
             raise BudgetError(
-                f"budget.{kind}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: ask for more"
+                f"{key}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: ask for more"
             )
     if FORMULAS.issuperset(asked):
         other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))

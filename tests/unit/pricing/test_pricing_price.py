@@ -119,7 +119,7 @@ def test_a_glance_refuses_nothing_that_is_near(tmp_path, monkeypatch, glance, me
         ({"macs_ratio": 0.001}, "budget.macs_ratio: got 0.001; the best reachable is "),
         (
             {"macs_ratio": 0.5, "limits": {"latency_ms": 1e-5}},
-            "budget.latency_ms: got 1e-05; the narrowest network has ",
+            "budget.limits.latency_ms: got 1e-05; the narrowest network has ",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def test_importance_is_weighed_against_milliseconds_under_a_budget_of_them():
     assert prices(fast) == pytest.approx([(3 / 1 / average) ** 2, (1 / 2 / average) ** 2])
 
 
-@pytest.mark.parametrize(("requested", "width"), [(0.25, 4), (0.0625, 2), (0.999999, 8)])
+@pytest.mark.parametrize(("requested", "width"), [(0.25, 4), (0.5625, 6), (0.999999, 8)])
 def test_speed_is_weighed_where_the_budget_leaves_widths(requested, width):
     """What a layer costs beside its products weighs more in a narrow one."""
     product = np.array([[[1.0, 0], [1, 0]], [[0.0, 1], [0, 0]]])  # a b, and a with a constant beside it
