@@ -57,7 +57,11 @@ def choose_compute(backbone: nn.Module, *, recipe: Recipe) -> Compute:
 
 
 def _batch_in_time(backbone: nn.Module, recipe: Recipe, compute: Compute) -> int:
-    """As many images of the tuning batch as let a few steps take SECONDS: a whole batch of large images takes a CPU minutes."""
+    """As many images of the tuning batch as let a few steps take SECONDS: a whole batch of large images takes a CPU minutes.
+    A GPU is slow at few, and quick at all of them.
+    """
+    if compute.device.type != "cpu":
+        return recipe.tune.batch_size
     few = min(FEW, recipe.tune.batch_size)
     per_image = _step_seconds(backbone, recipe, compute, batch=few, seconds=0.0) / few
     return max(few, min(recipe.tune.batch_size, int(SECONDS / LEAST_STEPS / per_image)))

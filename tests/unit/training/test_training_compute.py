@@ -85,6 +85,8 @@ def test_slow_steps_are_timed_with_fewer_images(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(compute, "_step_seconds", step)
     choose_compute(tiny.network(), recipe=with_values(recipe(), {"tune.batch_size": 128}))
     assert seen == [4, batch, batch, batch]
+    gpu = Compute(torch.device("cuda"), False, False)
+    assert compute._batch_in_time(tiny.network(), with_values(recipe(), {"tune.batch_size": 128}), gpu) == 128
 
 
 def test_a_measurement_is_a_number_and_leaves_the_network_alone() -> None:
