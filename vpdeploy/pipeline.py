@@ -59,8 +59,10 @@ def run(recipe: Recipe, folder: Path, *, redo: str | None = None, command: str, 
     with run_folder.locked(folder):
         _prune(recipe, folder, redo=redo, command=command, display=display)
         export_arms(_reopened(folder, display))
-        measure_arms(_reopened(folder, display))
-        if shaky := unsteady(folder, recipe):
+        work = _reopened(folder, display)
+        measures = not work.is_done(Stage("bench"))
+        measure_arms(work)
+        if measures and (shaky := unsteady(folder, recipe)):
             display.say(f"warning: {told_unsteady(shaky)}")
         return write_report(folder)
 
