@@ -42,9 +42,9 @@ def sweep(
     reports: dict[str, Report] = {}
     commands: dict[str, str] = {}
     for amount in amounts:
-        name = f"{kind}-{amount:g}"
+        name = f"{kind}-{_written(amount)}"
         path = folder / name
-        told = [f"budget.{kind}={amount:g}", f"search.found={found}"]
+        told = [f"budget.{kind}={_written(amount)}", f"search.found={found}"]
         commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
         if not (path / "stages.json").exists():
             _begin_from(folder / SHARED, path)
@@ -58,13 +58,18 @@ def sweep(
     return made
 
 
+def _written(amount: float) -> str:
+    """Short where that is the same number."""
+    return f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
+
+
 def _check(kind: str, amounts: Sequence[float]) -> None:
     problems = [
         f"--{kind.replace('_', '-')}: got {amount:g}; expected {'above 0 and at most 1' if kind in RATIOS else 'above 0'}"
         for amount in amounts
         if not 0 < amount <= (1 if kind in RATIOS else sys.float_info.max)
     ]
-    names = [f"{amount:g}" for amount in amounts]  # as folders are called
+    names = [_written(amount) for amount in amounts]  # as folders are called
     twice = [amount for number, amount in enumerate(amounts) if names[number] in names[:number]]
     problems += [f"--{kind.replace('_', '-')}: got {amount:g} twice; expected each once" for amount in twice]
     if problems or not amounts:

@@ -29,6 +29,8 @@ def multiple_of(target: Target, network: Network) -> tuple[int, dict[str, float]
     given = network.recipe.budget.round_to
     if given != "auto":
         return given, {}
+    if not network.groups.prunable:
+        return 1, {}
     alignment = speeds_of(target, network)
     return next(int(k) for k, speed in alignment.items() if speed >= NEARLY_BEST), alignment
 

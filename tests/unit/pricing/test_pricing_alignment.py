@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from budgeted import priced, workbench
 from strategies import group_of
 
@@ -46,3 +48,10 @@ def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, m
     monkeypatch.setattr(alignment, "machine", lambda: {"cpu": "Another CPU"})
     priced(workbench(tmp_path / "fourth", {"macs_ratio": 0.6, "round_to": "auto"}))
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 2
+
+
+def test_without_groups_no_multiple_is_looked_for(tmp_path):
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
+    network = Network.of(work, pipeline.grouped(work))
+    bare = replace(network, groups=replace(network.groups, groups=()))
+    assert not bare.groups.prunable and alignment.multiple_of(None, bare) == (1, {})
