@@ -56,7 +56,9 @@ class Candidates:
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
         self.whole = folder / f"dense.{form}.onnx"
         self.export(self.backbone, self.whole)
-        self.graph: Graph | None = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
+        graph = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
+        self._terms = graph.terms()
+        self.graph: Graph | None = graph
 
     def dense_without_prompt(self) -> Path:
         """The dense arm's file."""
@@ -71,29 +73,26 @@ class Candidates:
         return self.deployable(self.backbone, prompted=False)
 
     def byte_terms(self, shapes: Shapes, narrowest: Array) -> list[Term]:
-        """The bytes of all constants of the file, as they follow the widths. Where the graph does not tell, those of the
-        parameters, scaled so that the file of ``narrowest`` widths is met too: the exporter folds some, and adds others.
+        """The bytes of all constants of the file, as they follow the widths. Where the graph cannot be cut, scaled so that the
+        file of ``narrowest`` widths is met too: near for others, and no more.
         """
         if self.graph is not None:
-            return self.graph.terms()
-        parameters = dict(self.backbone.named_parameters())
-        terms = [
-            Term(name.rpartition(".")[0], 4.0, tuple((name, axis) for axis in range(len(axes))))
-            for name, axes in shapes.tensors.items()
-            if name in parameters
-        ]
-        cost = shapes.sum_of(terms)
-        of_parameters = cost.at(shapes.dense_widths) - cost.at(narrowest)
+            return self._terms
+        cost, terms = shapes.sum_of(self._terms), self._terms
+        told = cost.at(shapes.dense_widths) - cost.at(narrowest)
         with suppress(VpdeployError):  # a narrower one that cannot be exported is told where it is needed
-            _, path = self._written(narrowest)
-            removed = self.whole.stat().st_size - path.stat().st_size
-            terms = [replace(term, amount=term.amount * removed / max(1.0, of_parameters)) for term in terms]
+            removed = self.whole.stat().st_size - self.file(narrowest).stat().st_size
+            terms = [replace(term, amount=term.amount * removed / max(1.0, told)) for term in terms]
         return terms
 
     def subject(self, widths: Array) -> Subject:
         """What runs at ``widths`` [groups]: a file, and the module that it is of."""
         cuts, path = self._written(widths)
         return Subject(path, partial(self._module, cuts))
+
+    def file(self, widths: Array) -> Path:
+        """Of ``subject``."""
+        return self._written(widths)[1]
 
     def _written(self, widths: Array) -> tuple[PrunePlan, Path]:
         cuts = plan(self.backbone, self.groups, self.mask(widths))

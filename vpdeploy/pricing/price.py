@@ -17,7 +17,7 @@ from vpdeploy.pricing.alignment import multiple_of
 from vpdeploy.pricing.candidates import Candidates, target_text
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import reach_text, table_of, what_stops
-from vpdeploy.pricing.settle import GLANCED, limits_in_practice
+from vpdeploy.pricing.settle import GLANCED, MIB, limits_in_practice
 from vpdeploy.pricing.target import Measured, Target, opened, shape_of_image
 from vpdeploy.recipe.tables import BudgetTable
 from vpdeploy.scoring.select import MEASURED, Selector, build_selector, is_ratio, shown
@@ -25,7 +25,6 @@ from vpdeploy.surgery.cost import Array, quantity_of
 from vpdeploy.values import ChannelGroups, Price, Term
 from vpdeploy.workbench import Workbench
 
-MIB = 2**20
 FORMULAS = frozenset(("channel_ratio", "macs_ratio", "params_ratio"))
 MIXED = 6  # networks between the narrowest and the dense one from which times are fitted
 
@@ -119,6 +118,7 @@ def _file_terms(
                 if form == candidates.form
                 else Candidates(work, groups, Path(folder), form=form, prompted=candidates.prompted)
             )
+            made.check(network.narrowest(1))
             size, terms = made.whole.stat().st_size, made.byte_terms(network.shapes, narrowest)
         fixed = size - network.shapes.sum_of(terms).at(network.shapes.dense_widths)
         found.append((size, [Term("", fixed), *terms]))

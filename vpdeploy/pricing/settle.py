@@ -12,14 +12,16 @@ import numpy as np
 
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.settings import setting_of
+from vpdeploy.pricing.candidates import Candidates
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import what_stops
 from vpdeploy.pricing.target import Target, opened, shape_of_image
-from vpdeploy.scoring.select import MEASURED, Bound, Selector, is_ratio, select, unreachable
+from vpdeploy.scoring.select import MEASURED, Bound, Selector, is_ratio, select, shown, unreachable
 from vpdeploy.surgery.cost import Array, quantity_of
 from vpdeploy.values import ChannelGroups, Price, Selection
 from vpdeploy.workbench import Workbench
 
+MIB = 2**20
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 MEMORY_RUNS = 8  # of which the largest counts: processes of one file differ by whole buffers
 TRIES, MEMORY_TRIES = 8, 32
@@ -32,16 +34,48 @@ def settle(
     selector: Selector, scores: Mapping[str, Array], work: Workbench, groups: ChannelGroups, *, arm: str
 ) -> Selection:
     """The mask of ``scores`` that meets the budget as measured, and what was measured of it; without a measured budget the mask
-    that the formula gives.
+    that the formula gives, its file exported once where that has a budget.
 
     scores: root -> [g].
+
+    Raises: BudgetError when none does.
     """
-    if not work.recipe.budget.measured or not selector.roots:
+    measured, file = work.recipe.budget.measured, next((b for b in selector.bounds if b.kind == "file_mib"), None)
+    if not selector.roots or not (measured or file):
         return select(selector, scores)
     with opened(work, groups, arm=arm) as candidates:
         candidates.check(selector.least_widths)
         target = Target(candidates, setting_of(work.recipe.target), shape_of_image(work.recipe))
-        return Settling(target, selector, scores, work.display.say).done()
+
+        def within(selector: Selector) -> Selection:
+            return Settling(target, selector, scores, work.display.say).done() if measured else select(selector, scores)
+
+        return within(selector) if file is None else fitting(selector, file, within, candidates)
+
+
+def fitting(
+    selector: Selector, file: Bound, within: Callable[[Selector], Selection], candidates: Candidates
+) -> Selection:
+    """What ``within`` selects, with less where its file is larger than the formula says: that of a graph that cannot be cut comes
+    near, and no more.
+
+    Raises: BudgetError when no mask fits.
+    """
+    larger = file.dense - candidates.whole.stat().st_size / MIB  # by which the largest form is
+    while True:
+        selection = within(selector)
+        widths = _widths_of(selection)
+        found = candidates.file(widths).stat().st_size / MIB + larger
+        if found <= file.requested:
+            break
+        if (widths == selector.least_widths).all():
+            raise BudgetError(
+                f"budget: the smallest file has {shown(found)} MiB, more than file_mib = {file.requested:g}: ask for that or more"
+            )
+        selector = selector.limited("file_mib", file.cost(widths) * min(file.requested / found, 1 - 1e-9))
+    if selection.budget == "file_mib":
+        return replace(selection, reached=found)
+    return replace(selection, limits={**selection.limits, "file_mib": (file.requested, found)})
 
 
 def limits_in_practice(selector: Selector, target: Target, priced: Price, network: Network) -> dict[str, float]:

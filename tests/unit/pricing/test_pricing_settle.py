@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from strategies import group_of
 
 from vpdeploy import pipeline
 from vpdeploy.errors import BudgetError
+from vpdeploy.pricing.candidates import Candidates
 from vpdeploy.pricing.price import selector_for
-from vpdeploy.pricing.settle import SURE, TRIES, Bracket, Settling, next_above, settle
+from vpdeploy.pricing.settle import SURE, TRIES, Bracket, Settling, fitting, next_above, settle
+from vpdeploy.pricing.target import opened
 from vpdeploy.scoring.select import build_selector, select
 from vpdeploy.surgery.cost import CostModel, Sum
 
@@ -143,3 +146,71 @@ def test_a_bracket_that_noise_has_turned_over_begins_again():
     bracket.limit = 9.5  # and a larger one that was met
     bracket.move(0.9)
     assert (bracket.met, bracket.missed) == (9.5, None) and bracket.limit > 9.5
+
+
+UNFOLLOWED = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """A flatten over the map holds a width as a constant; depthwise layers have little but norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(3, 96, 1, bias=False), nn.BatchNorm2d(96)
+        self.dw = nn.ModuleList(nn.Conv2d(96, 96, 3, padding=1, groups=96, bias=False) for _ in range(3))
+        self.dn = nn.ModuleList(nn.BatchNorm2d(96) for _ in range(3))
+        self.b, self.d = nn.Conv2d(3, 32, 3, bias=False), nn.Conv2d(32, 32, 3, bias=False)
+        self.c = nn.Linear(96 + 32, 10)
+
+    def forward(self, x):
+        y = torch.relu(self.na(self.a(x)))
+        for layer, norm in zip(self.dw, self.dn):
+            y = torch.relu(norm(layer(y)))
+        z = torch.relu(self.d(torch.relu(self.b(x))))
+        return self.c(torch.cat([y.flatten(2).mean(2), z.flatten(2).mean(2)], 1))
+'''
+
+
+@pytest.mark.parametrize("kept", ["a", "d"])
+def test_a_file_of_a_graph_that_cannot_be_cut_is_within_its_budget_before_tuning(tmp_path, monkeypatch, kept):
+    (tmp_path / "net.py").write_text(UNFOLLOWED)
+    seen: list[Candidates] = []
+    check = Candidates.check
+    monkeypatch.setattr(Candidates, "check", lambda self, widths: seen.append(self) or check(self, widths))
+    work = workbench(
+        tmp_path, {"file_mib": 0.045}, model={"name": f"{tmp_path / 'net.py'}:Net"}, export={"forms": ["float"]}
+    )
+    groups = pipeline.grouped(work)
+    selector = selector_for(work, groups, pipeline.priced(work, groups))
+    scores = {g.root: np.random.default_rng(0).random(g.width) + (5 if g.root == kept else 0) for g in groups.prunable}
+    selection = settle(selector, scores, work, groups, arm="pruned")
+    assert seen and all(candidates.graph is None for candidates in seen)
+    with opened(work, groups) as files:
+        files.check(selector.least_widths)
+        size = files.file(np.array([*selection.mask.widths().values()], float)).stat().st_size / 2**20
+    assert selection.reached == pytest.approx(size, rel=1e-3) and size <= 0.045
+
+
+def test_a_file_larger_than_its_formula_loses_more_until_it_fits(tmp_path):
+    """A formula that tells 0.96 of the bytes."""
+    shares, constant = np.zeros((2, 1, 2)), np.ones((2, 1))
+    shares[0], constant[0] = 1.0, 0.0
+    mib = Sum(shares, constant, np.array([1.0]))
+    groups = [group_of("a", 64, unit=1), group_of("b", 64, unit=1)]
+    cost = CostModel(mib, mib, np.array([64.0, 64.0]), {"file_mib": mib}, {"file_mib": 128.0})
+    selector = build_selector(groups, cost, budget="file_mib", requested=64.0, round_to=1, max_removal=0.9)
+    scores = {root: np.random.default_rng(0).random(64) for root in ("a", "b")}
+
+    def files(share: float) -> Any:
+        def written(widths: np.ndarray) -> Any:
+            return SimpleNamespace(stat=lambda: SimpleNamespace(st_size=int(share * widths.sum() * 2**20)))
+
+        return SimpleNamespace(file=written, whole=SimpleNamespace(stat=lambda: SimpleNamespace(st_size=128 * 2**20)))
+
+    found = fitting(selector, selector.budget, lambda under: select(under, scores), files(1 / 0.96))
+    assert 61 <= sum(found.mask.widths().values()) <= 64 * 0.96
+    assert found.reached == pytest.approx(sum(found.mask.widths().values()) / 0.96)
+    with pytest.raises(BudgetError, match="the smallest file has .* more than file_mib = 64"):
+        fitting(selector, selector.budget, lambda under: select(under, scores), files(6.0))
