@@ -29,18 +29,18 @@ def bench_files(
 ) -> FileBench:
     """Run ``paths`` on the same random images under every engine, thread count and batch of ``table``, interleaved.
 
-    Anybody's image classifiers: one input, uint8 [n, h, w, 3] or float [n, 3, h, w]. image_size: height and width where the
-    files leave them open.
+    Anybody's image classifiers: one input, uint8 or float, [n, h, w, 3] or [n, 3, h, w]. image_size: height and width where
+    the files leave them open.
 
     Raises: VpdeployError for files that are none or take different inputs, and engines that are not there.
     """
-    if len(set(paths)) < len(paths):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise VpdeployError(f"bench: got {', '.join(map(str, paths))}; expected each file once")
     settings = settings_of(table)
     for setting in settings:
         check_engine(setting)
-    form, shape = _common_input(paths, image_size)
     taken = {path: input_of(path) for path in paths}
+    form, shape = _common_input(taken, image_size)
     for path, setting in product(paths, settings):
         check_batch(path, taken[path], setting.batch)
     rows: dict[str, list[Latency]] = {str(path): [] for path in paths}
@@ -60,7 +60,7 @@ def bench_files(
     base = rows[str(paths[0])]
     found = {
         name: FileFigures(
-            file_bytes=Path(name).stat().st_size,
+            file_bytes=taken[Path(name)].file_bytes,
             latency=tuple(of_file),
             memory=_memory(Path(name), form, shape, table),
             factors=tuple(
@@ -72,9 +72,8 @@ def bench_files(
     return FileBench(found, shape, {**environment(), "engines": engines})
 
 
-def _common_input(paths: Sequence[Path], size: tuple[int, int] | None) -> tuple[str, tuple[int, ...]]:
+def _common_input(taken: Mapping[Path, FileInput], size: tuple[int, int] | None) -> tuple[str, tuple[int, ...]]:
     """The form and the image shape that all files take. Raises: VpdeployError when there is none."""
-    taken = {path: input_of(path) for path in paths}
     forms = {found.form for found in taken.values()}
     if len(forms) > 1:
         told = ", ".join(f"{path} {found.form}" for path, found in taken.items())
@@ -89,7 +88,7 @@ def _common_input(paths: Sequence[Path], size: tuple[int, int] | None) -> tuple[
 
 
 def _fixed_size(found: FileInput) -> tuple[int, int] | None:
-    height, width = found.axes[1:3] if found.form == "uint8" else found.axes[2:4]
+    height, width = found.size
     return None if height is None or width is None else (height, width)
 
 

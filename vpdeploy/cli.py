@@ -219,7 +219,7 @@ def bench(
     them. Exit status 4: done, but the machine was not steady.
     """
     given = {
-        "engines": engine and tuple(engine.split(",")),
+        "engines": None if engine is None else tuple(engine.split(",")),
         "batches": _numbers("--batch", batch),
         "threads": _numbers("--threads", threads),
         "device": device,
@@ -228,7 +228,7 @@ def bench(
         "image_size": _numbers("--image-size", image_size, between="x"),
     }
     given = {key: value for key, value in given.items() if value is not None}
-    files = len(what) > 1 or what[0].suffix == ".onnx"
+    files = len(what) > 1 or what[0].suffix.lower() == ".onnx"
     if as_json and not files:
         raise typer.BadParameter("--json goes with ONNX files; a run has report.json")
     if image_size and not files:

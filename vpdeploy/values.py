@@ -149,8 +149,8 @@ class Price:
     ``costs``: quantity ("latency_ms", "file_mib", "memory_mib") -> terms whose sum it is; ``dense``: the same of the dense
     network without a prompt, ``least`` of the narrowest one, both as measured; ``limits``: what a budget's sum may be so that
     the measured figure is as requested; ``alignment``: width multiple -> MACs per millisecond, relative to the best;
-    ``round_to``: the multiple in use; ``target``: what ran, in words, and ``conditions``; ``machine``: where;
-    ``table_seconds`` of all ``seconds`` were for the table.
+    ``round_to``: the multiple in use, under which the groups of ``whole`` cannot lose a channel; ``target``: what ran, in
+    words, and ``conditions``; ``machine``: where; ``table_seconds`` of all ``seconds`` were for the table.
     """
 
     round_to: int
@@ -163,6 +163,7 @@ class Price:
     conditions: Conditions | None
     machine: Mapping[str, str]
     least: Mapping[str, float] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
     table_seconds: float = 0.0
     seconds: float = 0.0
 

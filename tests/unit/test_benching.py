@@ -22,7 +22,7 @@ def model(path: Path, *, axes=("n", 3, "h", "w"), kind=TensorProto.FLOAT, inputs
     names = [f"x{i}" for i in range(inputs)]
     cast = [helper.make_node("Cast", ["x0"], ["y0"], to=TensorProto.FLOAT)]
     same = [helper.make_node("Neg", [f"y{i}"], [f"y{i + 1}"]) for i in range(work)]
-    places = [1, 2] if axes[-1] == 3 else [2, 3]
+    places = [1, 2] if axes[-1] == 3 and axes[1] != 3 else [2, 3]
     mean = helper.make_node("ReduceMean", [f"y{work}", "places"], ["logits"], keepdims=0)
     graph = helper.make_graph(
         [*cast, *same, mean], "colours",
@@ -31,6 +31,23 @@ def model(path: Path, *, axes=("n", 3, "h", "w"), kind=TensorProto.FLOAT, inputs
         [numpy_helper.from_array(np.array(places, np.int64), "places")],
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def beside(folder: Path, location: str, size: int = 1000) -> Path:
+    """A model with a tensor in a file of its own."""
+    path = model(folder / "a.onnx", axes=("n", 3, 8, 8))
+    found = onnx.load(path)
+    (folder / "w.bin").write_bytes(bytes(4 * size))
+    tensor = found.graph.initializer.add()
+    tensor.CopyFrom(numpy_helper.from_array(np.zeros(0, np.float32), "w"))
+    tensor.ClearField("raw_data")
+    tensor.dims[:] = [size]
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": "0", "length": str(4 * size)}.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    onnx.save(found, path)
     return path
 
 
@@ -55,10 +72,15 @@ def test_files_are_measured_against_the_first(pair):
 REFUSED = {
     "gone": (lambda at: [at / "gone.onnx"], "gone.onnx: no such file; expected an ONNX file, or a run folder"),
     "a folder": (lambda at: [at, at / "text.onnx"], "a folder beside others; expected ONNX files, or one run: "),
-    "no model": (lambda at: [at / "text.onnx"], "text.onnx: (is no ONNX file|takes nothing)"),
+    "no model": (lambda at: [at / "text.onnx"], "text.onnx: is no ONNX file"),
+    "of nothing": (lambda at: [model(at / "a.onnx", axes=(0, 3, 8, 8))], r"its input 'x0' is float \[0, 3, 8, 8\]; expected"),
+    "empty": (lambda at: [at / "empty.onnx"], r"empty.onnx: is no ONNX file .it holds no operation.; expected one"),
+    "no tensor": (lambda at: [model(at / "a.onnx", kind=TensorProto.UNDEFINED)], r"its input 'x0' is no tensor \['any', 3, "),
+    "tensors elsewhere": (lambda at: [beside(at, "../w.bin")], r"a.onnx: keeps tensors in '../w.bin', which is not beside it"),
+    "tensors that are gone": (lambda at: [beside(at, "gone.bin")], "a.onnx: keeps tensors in 'gone.bin', which is not beside"),
     "two inputs": (lambda at: [model(at / "a.onnx", inputs=2)], "a.onnx: takes x0, x1; expected one input, a batch of images"),
     "of integers": (lambda at: [model(at / "a.onnx", kind=TensorProto.INT64)], r"its input 'x0' is int64 .*; expected uint8"),
-    "of vectors": (lambda at: [model(at / "a.onnx", axes=("n", 3))], r"its input 'x0' is float \[None, 3\]; expected uint8"),
+    "of vectors": (lambda at: [model(at / "a.onnx", axes=("n", 3))], r"its input 'x0' is float \['any', 3\]; expected uint8"),
     "of one image": (lambda at: [model(at / "a.onnx", axes=(1, 3, 8, 8))], "a.onnx: takes batches of 1 only, got 4; ask for"),
     "of any size": (lambda at: [model(at / "a.onnx")], "takes images of any size; expected --image-size HEIGHTxWIDTH"),
     "of two sizes": (
@@ -69,13 +91,15 @@ REFUSED = {
         lambda at: [model(at / "a.onnx"), model(at / "b.onnx", axes=("n", "h", "w", 3), kind=TensorProto.UINT8)],
         "the files take different inputs .*a.onnx float, .*b.onnx uint8.; expected the same form of each",
     ),
-    "twice the same": (lambda at: [model(at / "a.onnx"), at / "a.onnx"], "expected each file once"),
+    "twice the same": (lambda at: [model(at / "a.onnx"), at / "b" / ".." / "a.onnx"], "expected each file once"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_measured_is_refused(name, tmp_path):
     (tmp_path / "text.onnx").write_text("not a model")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "b").mkdir()
     make, message = REFUSED[name]
     with pytest.raises(VpdeployError, match=message):
         bench_files(make(tmp_path), table=QUICK, image_size=None)
@@ -101,3 +125,34 @@ def test_the_command_prints_one_object(pair, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["files"]) == [str(path) for path in pair]
     assert [row["batch"] for row in found["files"][str(pair[1])]["factors"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind", "shape"),
+    [
+        (("n", "h", "w", 3), TensorProto.FLOAT, (8, 9, 3)),
+        (("n", 3, "h", "w"), TensorProto.UINT8, (3, 8, 9)),
+        ((-1, 3, -1, -1), TensorProto.FLOAT, (3, 8, 9)),  # as some exporters write "any"
+        (("n", 3, 8, 3), TensorProto.FLOAT, (3, 8, 3)),
+    ],
+)
+def test_images_are_laid_out_as_the_file_says(tmp_path, axes, kind, shape):
+    path = model(tmp_path / "a.ONNX", axes=axes, kind=kind)
+    size = None if axes[3] == 3 and axes[1] == 3 else (8, 9)
+    made = bench_files([path], table=QUICK, image_size=size)
+    assert made.image_shape == shape and [row.batch for row in made.files[str(path)].latency] == [1, 4]
+
+
+def test_tensors_in_files_of_their_own_count(tmp_path):
+    path = beside(tmp_path, "w.bin")
+    (found,) = bench_files([path], table=QUICK, image_size=None).files.values()
+    assert found.file_bytes == path.stat().st_size + 4000
+
+
+def test_the_command_takes_any_case_and_no_empty_engine(tmp_path, capsys):
+    path = model(tmp_path / "a.ONNX", axes=("n", 3, 8, 8))
+    command = ["bench", str(path), "--batch", "1", "--threads", "1", "--seconds", "0.001", "--json"]
+    cli.app(command, standalone_mode=False)
+    assert list(json.loads(capsys.readouterr().out)["files"]) == [str(path)]
+    with pytest.raises(VpdeployError, match="engines"):
+        cli.app([*command, "--engine", ""], standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,12 @@ class CannotCut(VpdeployError):
 
 @dataclass(frozen=True)
 class Graph:
-    """An exported network, and what its constants are made of: initializer -> axes of the backbone's tensors. ``flattened``:
-    constants that hold the shape of what a linear layer reads, the length of an axis its last number; ``computed``: those
+    """An exported network, and what its constants are made of: initializer -> axes of the backbone's tensors. ``computed``: those
     that are a buffer of indices, which a cut computes anew.
     """
 
     model: onnx.ModelProto
     axes: Mapping[str, Axes]
-    flattened: Mapping[str, tuple[str, int]]
     computed: Mapping[str, str]
 
     def write_cut(self, plan: PrunePlan, path: Path, tensors: Callable[[], Mapping[str, Values]]) -> None:
@@ -86,8 +85,7 @@ class Graph:
             if missing:
                 raise CannotCut(f"{tensor}: axis {missing[0]} is not in the graph")
         anew = tensors() if self.computed else {}
-        model = onnx.ModelProto()
-        model.CopyFrom(self._without_weights())
+        model = _without_weights(self.model)
         for tensor in self.model.graph.initializer:
             places = self.axes[tensor.name]
             array = numpy_helper.to_array(tensor)
@@ -97,29 +95,18 @@ class Graph:
                 kept = None if place is None else plan.kept.get(place[0], {}).get(place[1])
                 if kept is not None:
                     array = np.take(array, kept, axis)
-            if (place := self.flattened.get(tensor.name)) is not None:
-                left = plan.kept.get(place[0], {}).get(place[1])
-                array = array if left is None else np.append(array[:-1], len(left))
-            model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(array, order="C"), tensor.name))
         for node in model.graph.node:
             changed = plan.attributes.get(node.name.rpartition("/")[0].removeprefix(PREFIX), {})
             if node.op_type in ("Conv", "ConvTranspose") and "groups" in changed:
                 next(a for a in node.attribute if a.name == "group").i = int(changed["groups"])  # type: ignore[arg-type]
         return model
 
-    def _without_weights(self) -> onnx.ModelProto:
-        bare = onnx.ModelProto()
-        bare.CopyFrom(onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import))
-        bare.graph.name = self.model.graph.name
-        bare.graph.node.extend(self.model.graph.node)
-        bare.graph.input.extend(self.model.graph.input)
-        bare.graph.output.extend(self.model.graph.output)
-        return bare
-
 
 def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
     """A file as ``deploy.onnx_file.to_onnx`` writes it. tensors: of the backbone, by name."""
     model = onnx.load(path, load_external_data=False)
+    _open_shapes(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     axes: dict[str, Axes] = {}
@@ -131,7 +118,7 @@ def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
         for place, name in enumerate(node.input):
             if name in sizes and all(axis is None for axis in axes[name]):
                 axes[name] = _by_use(node, place, sizes[name], shapes, axes)
-    return Graph(model, axes, dict(_flattened(model, axes)), dict(_computed(model, tensors)))
+    return Graph(model, axes, dict(_computed(model, tensors)))
 
 
 def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator[tuple[str, str]]:
@@ -150,13 +137,79 @@ def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator
                     yield node.input[1], name
 
 
-def _flattened(model: onnx.ModelProto, axes: Mapping[str, Axes]) -> Iterator[tuple[str, tuple[str, int]]]:
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    for node in model.graph.node:
-        before = made_by.get(node.input[0]) if node.op_type == "Gemm" else None
-        weight = axes.get(node.input[1], (None,)) if before is not None else (None,)
-        if before is not None and before.op_type == "Reshape" and weight[-1] is not None:
-            yield before.input[1], weight[-1]
+def _open_shapes(model: onnx.ModelProto) -> None:
+    """Where constants tell reshapes a width, let it follow from what is reshaped: heads of tokens, flattened maps."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    shapes = _shapes(model)
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape" and node.input[1] in values]
+    found: dict[str, set[tuple[int, ...] | None]] = {}
+    for node in reshapes:
+        before, after = shapes.get(node.input[0], []), numpy_helper.to_array(values[node.input[1]]).tolist()
+        batch = before[:1] if after[:1] == [-1] and _ratio(before[1:], after[1:]) == 1 else after[:1]
+        shape = _open_shape(before, [*batch, *after[1:]])
+        found.setdefault(node.input[1], set()).add(shape)
+    for node in reshapes:
+        name = node.input[1]
+        (shape, *others) = found[name]
+        if shape is None or others:
+            continue
+        values[name].CopyFrom(numpy_helper.from_array(np.array(shape, np.int64), name))
+        for attribute in node.attribute:
+            if attribute.name == "allowzero":
+                attribute.i = 0
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Of what every node writes; an axis is a number, or the name of one that is open."""
+    bare = _without_weights(model)
+    for tensor in model.graph.initializer:
+        if (
+            tensor.data_type == onnx.TensorProto.INT64
+        ):  # shapes are computed of these; of the others the sizes are enough
+            bare.graph.initializer.append(tensor)
+        else:
+            bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    graph = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    known = [*graph.value_info, *graph.input, *graph.output]
+    return {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in known}
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    bare.graph.name = model.graph.name
+    bare.graph.node.extend(model.graph.node)
+    bare.graph.input.extend(model.graph.input)
+    bare.graph.output.extend(model.graph.output)
+    return bare
+
+
+def _open_shape(before: list[int | str], after: list[int | str]) -> tuple[int, ...] | None:
+    """As ONNX's Reshape takes it: 0 for an axis that is as before, -1 for the first part of the one axis that is split, or that
+    several become. None where that does not tell.
+    """
+    shape: list[int | str] = []
+    i = j = 0
+    while j < len(after):
+        i_end, j_end = i + 1, j + 1
+        if before[i:i_end] == after[j:j_end]:
+            shape.append(0 if i == j else after[j])
+        else:
+            while (ratio := _ratio(before[i:i_end], after[j:j_end])) != 1:
+                if ratio is None or i_end > len(before) or j_end > len(after):
+                    return None
+                i_end, j_end = (i_end + 1, j_end) if ratio < 1 else (i_end, j_end + 1)
+            shape += [-1, *after[j + 1 : j_end]]
+        i, j = i_end, j_end
+    known = tuple(size for size in shape if not isinstance(size, str))
+    return known if len(known) == len(shape) and known.count(-1) <= 1 else None
+
+
+def _ratio(before: list[int | str], after: list[int | str]) -> float | None:
+    """Of the products of their sizes; None where one is not known."""
+    known = [size for size in (*before, *after) if not isinstance(size, str) and size > 0]
+    if len(known) < len(before) + len(after):
+        return None
+    return math.prod(known[: len(before)]) / math.prod(known[len(before) :])
 
 
 def _by_use(node: Any, place: int, size: tuple[int, ...], shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> Axes:

@@ -16,15 +16,31 @@ from vpdeploy.errors import VpdeployError
 
 DTYPES = {"uint8": np.dtype(np.uint8), "float": np.dtype(np.float32)}  # of each form's input
 FORMS: dict[int, str] = {onnx.TensorProto.UINT8: "uint8", onnx.TensorProto.FLOAT: "float"}
+COLOURS = (1, 3, 4)
 MAX_BYTES = 4 * 2**30  # of one batch
 
 
 @dataclass(frozen=True)
 class FileInput:
-    """The one input of a file: "uint8" or "float", and its axes, None where any length goes."""
+    """The one input of a file: "uint8" or "float", and its axes, None where any length goes. ``file_bytes``: with the tensors
+    that it keeps in files of their own.
+    """
 
     form: str
     axes: tuple[int | None, ...]
+    file_bytes: int
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """The axes of height, width and colours: where the colours are, or else as the form has them."""
+        first, last = (self.axes[place] in COLOURS for place in (1, 3))
+        return (1, 2, 3) if (last and not first) or (first == last and self.form == "uint8") else (2, 3, 1)
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width."""
+        height, width, _ = self.places
+        return self.axes[height], self.axes[width]
 
 
 def input_of(path: Path) -> FileInput:
@@ -39,22 +55,44 @@ def input_of(path: Path) -> FileInput:
     if not path.is_file():
         raise VpdeployError(f"{path}: no such file; expected an ONNX file, or a run folder")
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load(path, format="protobuf", load_external_data=False).graph
     except Exception as e:  # protobuf's DecodeError and whatever its C++ half raises
         raise VpdeployError(f"{path}: is no ONNX file ({_first_line(e)}); expected one, or a run folder") from e
+    if not graph.node:
+        raise VpdeployError(f"{path}: is no ONNX file (it holds no operation); expected one, or a run folder")
     constants = {tensor.name for tensor in graph.initializer}
     given = [value for value in graph.input if value.name not in constants]
     if len(given) != 1:
         names = ", ".join(value.name for value in given) or "nothing"
         raise VpdeployError(f"{path}: takes {names}; expected one input, a batch of images")
     kind = given[0].type.tensor_type
-    axes = tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in kind.shape.dim)
-    if kind.elem_type not in FORMS or len(axes) != 4:
-        got = onnx.helper.tensor_dtype_to_string(kind.elem_type).removeprefix("TensorProto.").lower()
+    lengths = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in kind.shape.dim]
+    axes = tuple(None if length < 0 else length for length in lengths)  # -1: some exporters' "any", and runtimes'
+    if kind.elem_type not in FORMS or len(axes) != 4 or 0 in axes:
+        got = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise VpdeployError(
-            f"{path}: its input {given[0].name!r} is {got} {list(axes)}; expected uint8 [n, h, w, 3] or float [n, 3, h, w]"
+            f"{path}: its input {given[0].name!r} is {got} {['any' if axis is None else axis for axis in axes]}; "
+            "expected uint8 or float, [n, h, w, 3] or [n, 3, h, w]"
         )
-    return FileInput(FORMS[kind.elem_type], axes)
+    return FileInput(FORMS[kind.elem_type], axes, path.stat().st_size + _bytes_beside(path, graph))
+
+
+def _bytes_beside(path: Path, graph: onnx.GraphProto) -> int:
+    """Of the files that hold the graph's tensors, each once.
+
+    Raises: VpdeployError when one is not beside ``path``.
+    """
+    external = (t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    folder, total = path.resolve().parent, 0
+    for name in sorted(names):
+        beside = (folder / name).resolve()
+        if not beside.is_relative_to(folder) or not beside.is_file():
+            raise VpdeployError(
+                f"{path}: keeps tensors in {name!r}, which is not beside it; expected that file there too"
+            )
+        total += beside.stat().st_size
+    return total
 
 
 def image_shape_of(path: Path, taken: FileInput, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -62,8 +100,7 @@ def image_shape_of(path: Path, taken: FileInput, size: tuple[int, int] | None) -
 
     Raises: VpdeployError when they are open and not given, or given and others.
     """
-    places = (1, 2) if taken.form == "uint8" else (2, 3)
-    fixed = tuple(taken.axes[place] for place in places)
+    fixed = taken.size
     if size is None and None in fixed:
         raise VpdeployError(f"{path}: takes images of any size; expected --image-size HEIGHTxWIDTH to measure it at")
     if size is not None and any(axis not in (None, asked) for axis, asked in zip(fixed, size, strict=True)):
@@ -71,9 +108,9 @@ def image_shape_of(path: Path, taken: FileInput, size: tuple[int, int] | None) -
             f"{path}: takes images of {fixed[0]} x {fixed[1]}, got --image-size {size[0]}x{size[1]}; leave it out"
         )
     height, width = size or fixed
-    channels = taken.axes[3 if taken.form == "uint8" else 1] or 3
+    colours = taken.axes[taken.places[2]] or 3
     assert height is not None and width is not None
-    return (height, width, channels) if taken.form == "uint8" else (channels, height, width)
+    return (height, width, colours) if taken.places[2] == 3 else (colours, height, width)
 
 
 def check_batch(path: Path, taken: FileInput, batch: int) -> None:
@@ -83,7 +120,7 @@ def check_batch(path: Path, taken: FileInput, batch: int) -> None:
 
 
 def random_images(form: str, image_shape: Sequence[int], *, batch: int, seed: int) -> NDArray[Any]:
-    """Input of the form's type and range: [batch, *image_shape]; uint8 [h, w, 3] or float32 [3, h, w] in [0, 1).
+    """Input of the form's type and range: [batch, *image_shape]; uint8, or float32 in [0, 1).
 
     Raises: VpdeployError beyond MAX_BYTES.
     """

@@ -46,8 +46,9 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
     path = cache_folder() / "alignment" / f"{key}.json"
     with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
         speeds = json.loads(path.read_bytes())["speeds"]
-        if list(speeds) == [str(k) for k in MULTIPLES] and all(0 < float(speed) <= 1 for speed in speeds.values()):
-            return {k: float(speed) for k, speed in speeds.items()}
+        speeds = {k: float(speed) for k, speed in speeds.items()}
+        if list(speeds) == [str(k) for k in MULTIPLES] and min(speeds.values()) > 0 and max(speeds.values()) == 1:
+            return speeds
     timed = target.glance({name: target.candidates.subject(row) for name, row in rows.items()}, seconds=SWEPT)
     rates = {}
     for k in MULTIPLES:

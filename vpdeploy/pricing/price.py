@@ -43,7 +43,8 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
         target = Target(candidates, setting, shape_of_image(recipe))
         candidates.check(network.narrowest(1))
         round_to, alignment = multiple_of(target, network)
-        files = _file_terms(work, groups, candidates, network, network.narrowest(round_to))
+        narrowest = network.narrowest(round_to)
+        files = _file_terms(work, groups, candidates, network, narrowest)
         made = Price(
             round_to=round_to,
             costs={"file_mib": files},
@@ -54,6 +55,9 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
             target=target_text(recipe),
             conditions=None,
             machine=machine(),
+            whole=tuple(
+                g.root for g, width in zip(network.groups.prunable, narrowest, strict=True) if width == g.width
+            ),
         )
         try:
             made = _with_measured(made, target, network)
@@ -135,8 +139,9 @@ def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selec
 
 
 def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budget: BudgetTable) -> None:
-    """Whether another budget than that which was ``priced`` can be reached: what formulas tell, exactly; of the rest, what the
-    table tells of the narrowest network: of a file the form of the target, times and memory but for what a glance may be off.
+    """Whether another budget than that which was ``priced`` can be reached, and asks for something: what formulas tell, exactly;
+    of the rest, what the table tells of the narrowest and the dense network: of a file the form of the target, times and memory
+    but for what a glance may be off.
 
     Raises: BudgetError.
     """
@@ -147,6 +152,10 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
         if row is None or kind in FORMULAS:
             continue
         limit = amount * (row.dense if is_ratio(kind) else 1.0)
+        if kind == budget.kind and not is_ratio(kind) and limit >= row.dense * (1 + GLANCED * (kind in MEASURED)):
+            raise BudgetError(
+                f"budget.{kind}: got {amount:g}; the dense network has {shown(row.dense)} already: ask for less"
+            )
         if row.smallest > limit * (1 + GLANCED * (kind in MEASURED)):
             best = shown(row.smallest / (row.dense if is_ratio(kind) else 1.0))
             key = f"budget.{kind}" if kind == budget.kind else f"budget.limits.{kind}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vpdeploy.pricing.network import Network
 from vpdeploy.report.sheets import reach
 from vpdeploy.scoring.select import is_ratio
@@ -38,24 +40,42 @@ def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
     )
 
 
+REST = {
+    "macs_ratio": "products of two computed tensors, as in attention,",
+    "params_ratio": "biases, norms and the like",
+    "latency_ms": "what is no layer (sums, pools, layouts)",
+    "file_mib": "the graph, its metadata and the prompt",
+    "memory_mib": "the runtime itself",
+}
+
+
 def what_stops(kind: str, widths: Array, priced: Price, network: Network) -> str:
     """What the cost is made of where widths can get no narrower, largest first."""
-    terms = priced.costs.get(quantity_of(kind))
-    if terms is None:
-        return ""
-    by_module: dict[str, list[Term]] = {}
-    for term in terms:
-        by_module.setdefault(term.module, []).append(term)
-    parts = {module: network.shapes.sum_of(of_it).at(widths) for module, of_it in by_module.items()}
-    total = sum(parts.values())
+    parts = _parts(kind, widths, priced, network)
+    total, rest = sum(parts.values()), REST.get(quantity_of(kind), "")
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
-    nothing = {
-        "latency_ms": "what is no layer (sums, pools, layouts)",
-        "latency_ratio": "what is no layer (sums, pools, layouts)",
-        "file_mib": "the graph, its metadata and the prompt",
-        "memory_mib": "the runtime itself",
-    }[kind]
-    told = ", ".join(f"{module or nothing} {value / total:.0%}" for module, value in largest)
-    held = [group.root for group in network.groups.groups if group.status == "excluded"]
-    more = f"; {len(held)} groups are excluded, {held[0]} among them: `vpdeploy inspect` says why" if held else ""
+    told = ", ".join(f"{module or rest} {value / total:.0%}" for module, value in largest if value > 0)
+    held = [g for g in network.groups.groups if g.status == "excluded" and any(m.side == "in" for m in g.members)]
+    widest = max(held, key=lambda group: group.width, default=None)
+    count = f"{len(held)} {'group is' if len(held) == 1 else 'groups are'} excluded"
+    more = f"; {count}, {widest.root} the widest: `vpdeploy inspect` says why" if widest else ""
     return f"; there it is made of {told}{more}"
+
+
+def _parts(kind: str, widths: Array, priced: Price, network: Network) -> dict[str, float]:
+    """Module -> what it costs; "" is the rest."""
+    shapes, cost = network.shapes, network.cost
+    if kind == "channel_ratio":
+        return {f"the group of {g.root}": width for g, width in zip(network.groups.prunable, widths, strict=True)}
+    if kind in ("macs_ratio", "params_ratio"):
+        counted = {"macs_ratio": lambda layer: layer.macs, "params_ratio": lambda layer: layer.entries}[kind]
+        dense, total = shapes.dense_widths, cost.of(kind)(widths)
+        of_layers = {
+            layer.module: counted(layer) * float(np.prod(layer.lengths(widths) / layer.lengths(dense)))
+            for layer in shapes.layers
+        }
+        return {**of_layers, "": total - sum(of_layers.values())}
+    by_module: dict[str, list[Term]] = {}
+    for term in priced.costs[quantity_of(kind)]:
+        by_module.setdefault(term.module, []).append(term)
+    return {module: shapes.sum_of(terms).at(widths) for module, terms in by_module.items()}

@@ -84,13 +84,10 @@ def limits_in_practice(selector: Selector, target: Target, priced: Price, networ
 
     Raises: BudgetError when the narrowest network, as measured, still costs too much.
     """
-    most = network.recipe.budget.max_removal
-    told = f"(measured on {priced.target}, with round_to = {priced.round_to} and max_removal = {most:g})"
     for bound in selector.bounds:
         if bound.kind in MEASURED and (least := _least(bound, selector, target, priced)) > bound.limit:
-            key = f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
             made_of = what_stops(bound.kind, selector.least_widths, priced, network)
-            raise unreachable(key, bound, least, told + made_of)
+            raise unreachable(bound, selector, least, made_of=made_of, measured_on=priced.target)
     generator = np.random.default_rng(0)
     scores = {
         root: generator.random(int(width)) for root, width in zip(selector.roots, selector.dense_widths, strict=True)

@@ -250,11 +250,11 @@ class BudgetTable(Table):
         description="kept widths are multiples of this, or the full width, and smaller steps in groups narrower than 4 of these; auto: what a short sweep on [target] finds fast, in every group wider than it",
     )
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.9, description="largest share that any one group may lose"
+        default=0.9, description="largest share that any one group may lose; 4 outputs of a layer stay in any case"
     )
     speed: bool = Field(
         default=False,
-        description='at the same budget, what takes long on [target] for what the budget counts goes first; of search.score_init = "taylor"',
+        description='beside a budget that is no time: of equally important channels those go first that take most milliseconds on [target] for each unit that the budget counts; needs search.score_init = "taylor"',
     )
     allow_approximate: bool = Field(
         default=False,

@@ -120,10 +120,13 @@ def reach(price: Price, arm: Measurement | None = None) -> Sheet:
             figures = (row.smallest, row.requested, row.dense, *((came.get(row.quantity),) if arm else ()))
             yield QUANTITIES[row.quantity], *(_quantity(row.quantity, figure) for figure in figures)
 
-    speeds = ", ".join(f"{multiple}: {speed:.2f}" for multiple, speed in price.alignment.items())
-    caption = f"Latency and memory on {price.target}. Widths are multiples of {price.round_to}" + (
-        f"; MACs per millisecond of widths that are multiples of {speeds}, of the best." if speeds else "."
-    )
+    caption = f"Latency and memory on {price.target}. Widths are multiples of {price.round_to}"
+    if price.alignment:
+        speeds = ", ".join(f"{multiple}: {speed:.2f}" for multiple, speed in price.alignment.items())
+        caption += f"; MACs per millisecond of widths that are multiples of {speeds}, of the best"
+    if price.whole:
+        caption += f". No smaller multiple that budget.max_removal allows: {', '.join(price.whole)}, which stay whole"
+    caption += "."
     return sheet_of(caption, ("quantity", "smallest", "requested", "dense", *(("reached",) if arm else ())), rows())
 
 

@@ -55,6 +55,8 @@ class Selector:
     must: Bools  # [blocks] the first block of each group
     dense_widths: Array
     bounds: tuple[Bound, ...]
+    round_to: int  # of allowed widths, for messages
+    max_removal: float
     speed: Cost | None = None  # milliseconds, where importance is weighed against them too
 
     @property
@@ -138,20 +140,20 @@ def build_selector(
             )
             for kind, amount in ((budget, requested), *limits.items())
         ),
+        round_to=round_to,
+        max_removal=max_removal,
         speed=None if speed in (None, quantity_of(budget)) else cost.of(speed),
     )
-    told = f"(with round_to = {round_to}, max_removal = {max_removal:g} and {len(groups)} groups that can be pruned)"
     for bound in selector.bounds:
-        _check_reachable(bound, selector, told, stops)
+        _check_reachable(bound, selector, stops)
     return replace(selector, bounds=tuple(replace(b, limit=b.limit * (1 + 1e-12)) for b in selector.bounds))
 
 
-def _check_reachable(bound: Bound, selector: Selector, told: str, stops: Callable[[str, Array], str]) -> None:
-    """Raises: as ``build_selector``. ``told``: under what the narrowest widths are the narrowest."""
-    soft, groups = bound is selector.budget, selector.roots
-    key = f"budget.{bound.kind}" if soft else f"budget.limits.{bound.kind}"
+def _check_reachable(bound: Bound, selector: Selector, stops: Callable[[str, Array], str]) -> None:
+    """Raises: as ``build_selector``."""
+    key, groups = _key(bound, selector), selector.roots
     dense, least = bound.dense, bound.cost(selector.least_widths)
-    if soft and not is_ratio(bound.kind) and bound.limit >= dense:
+    if bound is selector.budget and not is_ratio(bound.kind) and bound.limit >= dense:
         raise BudgetError(
             f"{key}: got {bound.requested:g}; the dense network has {shown(dense)} already, so that nothing need be "
             f"removed: ask for less, or give a ratio and this as budget.limits.{bound.kind}"
@@ -162,15 +164,29 @@ def _check_reachable(bound: Bound, selector: Selector, told: str, stops: Callabl
             "removed: no channel group is exact; `vpdeploy inspect` gives the reasons"
         )
     if groups and least > bound.limit * (1 + 1e-12) and bound.kind not in MEASURED:
-        raise unreachable(key, bound, least, f"{told}{stops(bound.kind, selector.least_widths)}")
+        raise unreachable(bound, selector, least, made_of=stops(bound.kind, selector.least_widths))
 
 
-def unreachable(key: str, bound: Bound, least: float, told: str) -> BudgetError:
-    """least: of the narrowest network, in the unit of ``bound.dense``; ``told``: under what it is the least, and made of what."""
+def unreachable(
+    bound: Bound, selector: Selector, least: float, *, made_of: str, measured_on: str | None = None
+) -> BudgetError:
+    """least: of the narrowest network, in the unit of ``bound.dense``; ``made_of``: of what that is made, or ""."""
+    free = int((selector.least_widths < selector.dense_widths).sum())
+    under = [f"round_to = {selector.round_to}", f"max_removal = {selector.max_removal:g}"]
+    under.append(f"at least {LEAST_CHANNELS} outputs of a layer, and {free} groups that can lose some")
+    told = f"({f'measured on {measured_on}, ' if measured_on else ''}with {', '.join(under)})"
+    more = "ask for that or more"
+    if is_ratio(bound.kind) and least > bound.dense:
+        more = "no ratio can be met: the narrowest network costs more than the dense one, which ships without a prompt"
+    less = "a smaller round_to, or " if selector.round_to > 1 else ""
     return BudgetError(
-        f"{key}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, bound.dense)} {told}; ask for that or "
-        "more, lower budget.round_to, or raise budget.max_removal"
+        f"{_key(bound, selector)}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, bound.dense)} {told}"
+        f"{made_of}; {more}; {less}a larger max_removal reaches less"
     )
+
+
+def _key(bound: Bound, selector: Selector) -> str:
+    return f"budget.{bound.kind}" if bound is selector.budget else f"budget.limits.{bound.kind}"
 
 
 def is_ratio(kind: str) -> bool:

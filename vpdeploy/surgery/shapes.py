@@ -16,15 +16,19 @@ from vpdeploy.values import ChannelGroup, Term
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer with a weight. ``axes``: the first two of its weight, outputs and what one of them reads; ``macs``: of one image,
-    dense; ``positions``: pixels or tokens at which it stands.
+    """A layer with a weight. ``axes``: the first two of its weight, outputs and what one of them reads; ``entries`` of the weight
+    and ``macs`` of one image, both dense; ``positions``: pixels or tokens at which it stands.
     """
 
     module: str
     weight: str
     axes: tuple[Length, Length]
+    entries: float
     macs: float
-    positions: float
+
+    @property
+    def positions(self) -> float:
+        return self.macs / self.entries
 
     def lengths(self, widths: Array) -> Array:
         """[2]"""
@@ -60,6 +64,6 @@ def shapes_of(seen: Trace, backbone: nn.Module, groups: Sequence[ChannelGroup]) 
         name = f"{module}.weight".lstrip(".")
         if len(sizes.get(name, ())) >= 2:
             first, second = tensors[name][:2]
-            layers.append(LayerShape(module, name, (first, second), count, count / float(np.prod(sizes[name]))))
+            layers.append(LayerShape(module, name, (first, second), float(np.prod(sizes[name])), count))
     other = sum(macs.values()) - sum(layer.macs for layer in layers)
     return Shapes(tuple(layers), tensors, widths, other)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.deploy.bake import ConstantPrompt, Deployable
-from vpdeploy.deploy.graph_cut import CannotCut, read_graph
+from vpdeploy.deploy.graph_cut import CannotCut, _open_shape, read_graph
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.measure.engines import Setting, Subject, open_session
+from vpdeploy.models.attention.multihead import MultiheadAttention
 from vpdeploy.models.gather import ChannelGather
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.surgery.cut import cut
@@ -59,6 +60,23 @@ class Tokens(nn.Module):
         return self.head((tokens + self.down(F.gelu(self.up(tokens)))).mean((1, 2)))
 
 
+class Heads(nn.Module):
+    """Attention of whole heads, whose number the exporter writes into reshapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 10, 2, stride=2)
+        layers = (nn.Linear(10, 24) for _ in range(3))
+        self.attention = MultiheadAttention(*layers, nn.Linear(24, 10), head_dim=4, dropout=0.0, batch_first=True)
+        self.first, self.head = nn.Parameter(torch.randn(1, 1, 10)), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), tokens], 1)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(tokens[:, 0])
+
+
 def exported(network: nn.Module, path: Path, *, prompt: bool = False) -> Deployable:
     noise = ConstantPrompt(torch.full((3, SIDE, SIDE), 0.1)) if prompt else None
     canvas = Canvas(SIDE, SIDE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), prompt=noise)
@@ -85,7 +103,7 @@ def logits(path: Path, images: np.ndarray) -> np.ndarray:
     return open_session(Subject(path), Setting())(images)
 
 
-@pytest.mark.parametrize("kind", [Convolutions, Tokens])
+@pytest.mark.parametrize("kind", [Convolutions, Tokens, Heads])
 def test_a_cut_in_the_graph_computes_what_a_cut_in_torch_does(kind, tmp_path):
     network, example = made(kind), example_input(SIDE, batch=1)
     seen = look(network, example)
@@ -113,6 +131,25 @@ def test_a_cut_in_the_graph_computes_what_a_cut_in_torch_does(kind, tmp_path):
             sum(8 * g.width for g in groups) if kind is Convolutions else 0
         )  # of the shortcut: taken as when dense
         assert held <= told <= held + indices
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "open_shape"),
+    [
+        (["n", 17, 64], ["n", 17, 4, 16], (0, 0, -1, 16)),
+        (["n", 17, 4, 16], ["n", 17, 64], (0, 0, -1)),
+        (["n", 64, 4, 4], ["n", 64, 16], (0, 0, -1)),
+        (["n", 64, 1, 1], ["n", 64], (0, 0)),
+        (["n", 64, 4, 4], ["n", 1024], (0, -1)),
+        (["n", 64, 4, 4], ["n", 4, 16, 4, 4], (0, -1, 16, 4, 4)),
+        (["n", 8, 8, 32], ["n", 2, 4, 2, 4, 32], None),
+        (["n", 16, 4, 32], [-1, 4, 32], None),
+        (["n", 64], ["m", 64], None),
+        ([], ["n", 64], None),
+    ],
+)
+def test_a_reshape_follows_what_it_reshapes_where_that_tells(before, after, open_shape):
+    assert _open_shape(before, after) == open_shape
 
 
 def test_a_tensor_that_is_not_found_is_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from budgeted import priced, workbench
@@ -41,10 +42,10 @@ def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, m
     (kept,) = (tmp_path / "cache").rglob("*.json")
     again = workbench(tmp_path / "again", {"macs_ratio": 0.6, "round_to": "auto"})
     assert priced(again).alignment == first.alignment
-    kept.write_text("{")  # damaged: measured again
-    assert set(priced(workbench(tmp_path / "third", {"macs_ratio": 0.6, "round_to": "auto"})).alignment) == set(
-        first.alignment
-    )
+    for damaged in ("{", json.dumps({"speeds": dict.fromkeys(first.alignment, 0.5)})):  # measured again
+        kept.write_text(damaged)
+        third = priced(workbench(tmp_path / f"third {len(damaged)}", {"macs_ratio": 0.6, "round_to": "auto"}))
+        assert third.alignment.keys() == first.alignment.keys() and max(third.alignment.values()) == 1
     monkeypatch.setattr(alignment, "machine", lambda: {"cpu": "Another CPU"})
     priced(workbench(tmp_path / "fourth", {"macs_ratio": 0.6, "round_to": "auto"}))
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 2

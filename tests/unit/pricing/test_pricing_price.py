@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from budgeted import priced, workbench
+from strategies import group_of
 
 from vpdeploy import pipeline
 from vpdeploy.errors import BudgetError
@@ -21,6 +23,8 @@ from vpdeploy.pricing.reach import reach_text
 from vpdeploy.pricing.settle import settle
 from vpdeploy.pricing.target import Measured
 from vpdeploy.recipe.tables import BudgetTable
+from vpdeploy.scoring.select import build_selector, unreachable
+from vpdeploy.surgery.cost import CostModel, Sum
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
 from vpdeploy.values import Conditions
@@ -121,6 +125,8 @@ def test_a_glance_refuses_nothing_that_is_near(tmp_path, monkeypatch, glance, me
             {"macs_ratio": 0.5, "limits": {"latency_ms": 1e-5}},
             "budget.limits.latency_ms: got 1e-05; the narrowest network has ",
         ),
+        ({"file_mib": 100.0}, "budget.file_mib: got 100; the dense network has 0."),
+        ({"latency_ms": 1000.0}, "budget.latency_ms: got 1000; the dense network has 0."),
     ],
 )
 def test_other_budgets_out_of_reach_are_told_by_the_table_of_the_first(tmp_path, point, told):
@@ -137,7 +143,55 @@ def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
     with pytest.raises(BudgetError) as caught:
         priced(workbench(tmp_path, {"latency_ratio": 0.01}))
     assert "what is no layer (sums, pools, layouts)" in str(caught.value)
-    assert "lower budget.round_to, or raise budget.max_removal" in str(caught.value)
+    assert "ask for that or more; a smaller round_to, or a larger max_removal reaches less" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "parts"),
+    [
+        ({"macs_ratio": 0.001}, r"layer1.0.conv1 \d+%, layer1.0.conv2 \d+%"),
+        ({"params_ratio": 0.001}, r"layer\d.0.conv2 \d+%, layer3.0.conv1 \d+%"),
+        ({"channel_ratio": 0.001}, r"the group of \S+ \d+%, the group of \S+ \d+%, the group of \S+ \d+%"),
+    ],
+)
+def test_so_does_what_formulas_tell(tmp_path, budget, parts):
+    with pytest.raises(BudgetError) as caught:
+        priced(workbench(tmp_path, budget))
+    text = str(caught.value)
+    assert "there it is made of" in text
+    assert re.search(parts, text), text
+    shares = [int(share) for share in re.findall(r"(\d+)%", text)]
+    assert shares == sorted(shares, reverse=True) and 10 < sum(shares) <= 101
+    assert "excluded" not in text  # of this network the classifier alone is, and its outputs are the classes
+
+
+def test_a_network_that_is_slower_than_the_dense_one_meets_no_ratio():
+    selector = build_selector(
+        [group_of("a", 8, unit=1)],
+        CostModel(*[constant_and(1.0)] * 2, np.array([8.0]), {"latency_ms": constant_and(10.0)}, {"latency_ms": 9.0}),
+        budget="latency_ratio", requested=0.9, round_to=1, max_removal=0.5,
+    )  # fmt: skip
+    told = str(unreachable(selector.budget, selector, 10.5, made_of=""))
+    assert (
+        "the best reachable is 1.1667 (with" in told and "no ratio can be met: the narrowest network costs more" in told
+    )
+    assert "ask for that or more" not in told
+
+
+def constant_and(share: float) -> Sum:
+    shares, constant = np.zeros((2, 1, 1)), np.ones((2, 1))
+    shares[0] = share
+    return Sum(shares, constant, np.ones(1))
+
+
+def test_groups_that_stay_whole_are_told(tmp_path, capsys):
+    """At most 0.15 of 32 channels is less than 8 of them, of 64 it is more."""
+    work = workbench(tmp_path, {"macs_ratio": 0.97, "max_removal": 0.15})
+    found = priced(work)
+    groups = {group.root: group.width for group in pipeline.grouped(work).prunable}
+    assert found.whole and all(groups[root] <= 32 for root in found.whole) and len(found.whole) < len(groups)
+    assert f"{', '.join(found.whole)}, which stay whole." in reach_text(found)
+    assert not priced(workbench(tmp_path / "b", {"macs_ratio": 0.97})).whole
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,14 @@ def test_an_unreachable_budget_says_what_is_reachable_and_what_to_do():
         selector(10, 20, requested=0.05, round_to=2)
     # the narrowest: 2 of 10 and 2 of 20 channels, 4 / 30 = 0.13333...
     assert str(caught.value) == (
-        "budget.channel_ratio: got 0.05; the best reachable is 0.1334 (with round_to = 2, max_removal = 0.9 and 2 groups "
-        "that can be pruned); ask for that or more, lower budget.round_to, or raise budget.max_removal"
+        "budget.channel_ratio: got 0.05; the best reachable is 0.1334 (with round_to = 2, max_removal = 0.9, at least 4 outputs "
+        "of a layer, and 2 groups that can lose some); ask for that or more; a smaller round_to, or a larger max_removal reaches "
+        "less"
     )
+    with pytest.raises(
+        BudgetError, match="and 1 groups that can lose some.; ask for that or more; a larger max_removal reach"
+    ):
+        selector(10, 20, requested=0.05, round_to=1, max_removal=0.06)  # of 10 that is less than one
     assert selector(10, 20, requested=0.1334, round_to=2).budget.requested == 0.1334
 
 

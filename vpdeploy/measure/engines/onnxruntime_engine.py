@@ -113,8 +113,8 @@ def ort_session(
         return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as e:  # ONNX Runtime's errors share no base class but Exception
         raise VpdeployError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {e}; expected an exported model: "
-            "run `vpdeploy export` again"
+            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {e}; expected a model that it can run; if vpdeploy made "
+            "it, run `vpdeploy export` again"
         ) from e
 
 
