@@ -284,9 +284,8 @@ def read_recipe(run: Path) -> Recipe:
     """
     path = run / "recipe.toml"
     if not path.exists():
-        raise RunFolderError(
-            f"{run}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` makes it"
-        )
+        got = "a folder without recipe.toml" if run.is_dir() else "a file" if run.exists() else "nothing there"
+        raise RunFolderError(f"{run}: got {got}; expected a run folder, as `vpdeploy run RECIPE -o RUN` makes it")
     try:
         raw = tomllib.loads(read_bytes(path).decode())
     except ValueError as e:

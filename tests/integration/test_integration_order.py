@@ -133,7 +133,7 @@ def test_a_run_goes_on_without_the_checkpoint_that_it_began_with(images, finishe
 
 @pytest.mark.parametrize("command", [pipeline.export, pipeline.bench])
 def test_a_folder_that_is_no_run_stays_as_it_is(command, tmp_path):
-    with pytest.raises(RunFolderError, match="got a folder without recipe.toml"):
+    with pytest.raises(RunFolderError, match="got nothing there; expected a run folder"):
         command(tmp_path / "typo", display=QUIET)
     assert not (tmp_path / "typo").exists()
 

@@ -193,6 +193,11 @@ def test_folders_that_hold_no_run(capsys, tmp_path):
             f"error: {tmp_path}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` "
             "makes it\n"
         )
+    (tmp_path / "a.txt").touch()
+    for name, got in (("a.txt", "a file"), ("none", "nothing there")):
+        assert here(capsys, "bench", tmp_path / name).err.startswith(
+            f"error: {tmp_path / name}: got {got}; expected a run"
+        )
 
 
 # --- what is the user's to mend -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vpdeploy.errors import VpdeployError
 from vpdeploy.values import PrunePlan, Term
 
 PREFIX, PROMPT = "backbone.", "canvas.prompt."
+OF_A_NAME = 32  # bytes by which a name in two places gets longer, and what frames a constant
 Values = np.ndarray[Any, np.dtype[Any]]
 Axes = tuple[tuple[str, int] | None, ...]  # which axis of which tensor each axis of an initializer is
 
@@ -27,12 +28,14 @@ class CannotCut(VpdeployError):
 @dataclass(frozen=True)
 class Graph:
     """An exported network, and what its constants are made of: initializer -> axes of the backbone's tensors. ``computed``: those
-    that are a buffer of indices, which a cut computes anew.
+    that are a buffer of indices, which a cut computes anew; ``spare``: bytes that an export of any cut may have more, where
+    layers that tell their widths by one constant no longer have the same.
     """
 
     model: onnx.ModelProto
     axes: Mapping[str, Axes]
     computed: Mapping[str, str]
+    spare: int
 
     def write_cut(self, plan: PrunePlan, path: Path, tensors: Callable[[], Mapping[str, Values]]) -> None:
         """Write what a cut in torch and an export would give. tensors: of the network that was cut in torch, by name;
@@ -106,7 +109,7 @@ class Graph:
 def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
     """A file as ``deploy.onnx_file.to_onnx`` writes it. tensors: of the backbone, by name."""
     model = onnx.load(path, load_external_data=False)
-    _open_shapes(model)
+    spare = _open_shapes(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     axes: dict[str, Axes] = {}
@@ -118,7 +121,7 @@ def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
         for place, name in enumerate(node.input):
             if name in sizes and all(axis is None for axis in axes[name]):
                 axes[name] = _by_use(node, place, sizes[name], shapes, axes)
-    return Graph(model, axes, dict(_computed(model, tensors)))
+    return Graph(model, axes, dict(_computed(model, tensors)), spare)
 
 
 def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator[tuple[str, str]]:
@@ -137,12 +140,15 @@ def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator
                     yield node.input[1], name
 
 
-def _open_shapes(model: onnx.ModelProto) -> None:
-    """Where constants tell reshapes a width, let it follow from what is reshaped: heads of tokens, flattened maps."""
+def _open_shapes(model: onnx.ModelProto) -> int:
+    """Where constants tell reshapes a width, let it follow from what is reshaped: heads of tokens, flattened maps. How many bytes
+    these would take if no two reshapes had one in common.
+    """
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     shapes = _shapes(model)
     reshapes = [node for node in model.graph.node if node.op_type == "Reshape" and node.input[1] in values]
     found: dict[str, set[tuple[int, ...] | None]] = {}
+    spare = 0
     for node in reshapes:
         before, after = shapes.get(node.input[0], []), numpy_helper.to_array(values[node.input[1]]).tolist()
         batch = before[:1] if after[:1] == [-1] and _ratio(before[1:], after[1:]) == 1 else after[:1]
@@ -153,19 +159,19 @@ def _open_shapes(model: onnx.ModelProto) -> None:
         (shape, *others) = found[name]
         if shape is None or others:
             continue
+        spare += values[name].ByteSize() + OF_A_NAME
         values[name].CopyFrom(numpy_helper.from_array(np.array(shape, np.int64), name))
         for attribute in node.attribute:
             if attribute.name == "allowzero":
                 attribute.i = 0
+    return spare
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
     """Of what every node writes; an axis is a number, or the name of one that is open."""
     bare = _without_weights(model)
     for tensor in model.graph.initializer:
-        if (
-            tensor.data_type == onnx.TensorProto.INT64
-        ):  # shapes are computed of these; of the others the sizes are enough
+        if tensor.data_type == onnx.TensorProto.INT64:  # what shapes are computed of
             bare.graph.initializer.append(tensor)
         else:
             bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

@@ -38,8 +38,8 @@ AGREES = 1e-3  # relative, in float32: a graph cut in a wrong place is off by te
 class Candidates:
     """Files of the recipe's network at given widths of the prunable groups, in ``folder``.
 
-    One export, cut in its graph; where the graph holds widths that cannot be followed (reshapes into heads), each is cut in
-    torch and exported. ``prompted``: with a prompt as large as the recipe's.
+    One export, cut in its graph; where the graph holds widths that cannot be followed (shuffles), each is cut in torch and
+    exported. ``prompted``: with a prompt as large as the recipe's.
     """
 
     def __init__(self, work: Workbench, groups: ChannelGroups, folder: Path, *, form: str, prompted: bool):
@@ -57,7 +57,7 @@ class Candidates:
         self.whole = folder / f"dense.{form}.onnx"
         self.export(self.backbone, self.whole)
         graph = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
-        self._terms = graph.terms()
+        self._terms, self._spare = graph.terms(), graph.spare
         self.graph: Graph | None = graph
 
     def dense_without_prompt(self) -> Path:
@@ -84,6 +84,11 @@ class Candidates:
             removed = self.whole.stat().st_size - self.file(narrowest).stat().st_size
             terms = [replace(term, amount=term.amount * removed / max(1.0, told)) for term in terms]
         return terms
+
+    @property
+    def spare(self) -> int:
+        """Bytes by which an export may be larger than these say."""
+        return self._spare if self.graph is not None else 0
 
     def subject(self, widths: Array) -> Subject:
         """What runs at ``widths`` [groups]: a file, and the module that it is of."""

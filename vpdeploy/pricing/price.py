@@ -44,11 +44,11 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
         candidates.check(network.narrowest(1))
         round_to, alignment = multiple_of(target, network)
         narrowest = network.narrowest(round_to)
-        files = _file_terms(work, groups, candidates, network, narrowest)
+        files, dense_mib = _file_terms(work, groups, candidates, network, narrowest)
         made = Price(
             round_to=round_to,
             costs={"file_mib": files},
-            dense={"file_mib": network.shapes.sum_of(files).at(network.cost.dense_widths)},
+            dense={"file_mib": dense_mib},
             limits={},
             alignment=alignment,
             table=(),
@@ -109,8 +109,8 @@ def _mixed(network: Network, round_to: int, between: int) -> Array:
 
 def _file_terms(
     work: Workbench, groups: ChannelGroups, candidates: Candidates, network: Network, narrowest: Array
-) -> tuple[Term, ...]:
-    """MiB of the file that ships; where a budget speaks of files, of the largest form."""
+) -> tuple[tuple[Term, ...], float]:
+    """MiB of the file that ships, at most, and of the dense one; where a budget speaks of files, of the largest form."""
     budget, forms = work.recipe.budget, [candidates.form]
     if "file_mib" in (budget.kind, *budget.limits.given):
         forms = [candidates.form, *(form for form in work.recipe.export.forms if form != candidates.form)]
@@ -125,9 +125,9 @@ def _file_terms(
             made.check(network.narrowest(1))
             size, terms = made.whole.stat().st_size, made.byte_terms(network.shapes, narrowest)
         fixed = size - network.shapes.sum_of(terms).at(network.shapes.dense_widths)
-        found.append((size, [Term("", fixed), *terms]))
-    _, terms = max(found, key=lambda pair: pair[0])
-    return tuple(replace(term, amount=term.amount / MIB) for term in terms)
+        found.append((size, [Term("", fixed + made.spare), *terms]))
+    size, terms = max(found, key=lambda pair: pair[0])
+    return tuple(replace(term, amount=term.amount / MIB) for term in terms), size / MIB
 
 
 def selector_for(work: Workbench, groups: ChannelGroups, priced: Price) -> Selector:

@@ -31,7 +31,8 @@ def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
         "params": cost.params,
         "file_mib": network.shapes.sum_of(priced.costs["file_mib"]).at,
     }
-    rows = {name: (formula(narrowest), formula(cost.dense_widths)) for name, formula in formulas.items()}
+    dense = cost.dense_widths
+    rows = {name: (formula(narrowest), priced.dense.get(name, formula(dense))) for name, formula in formulas.items()}
     rows |= {name: (least, priced.dense[name]) for name, least in priced.least.items()}
     of_ratio = asked.get(budget.kind)
     return tuple(

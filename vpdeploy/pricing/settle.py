@@ -34,7 +34,7 @@ def settle(
     selector: Selector, scores: Mapping[str, Array], work: Workbench, groups: ChannelGroups, *, arm: str
 ) -> Selection:
     """The mask of ``scores`` that meets the budget as measured, and what was measured of it; without a measured budget the mask
-    that the formula gives, its file exported once where that has a budget.
+    that the formula gives. Where a file has a budget, and its graph cannot be cut, it is exported to see.
 
     scores: root -> [g].
 
@@ -50,7 +50,9 @@ def settle(
         def within(selector: Selector) -> Selection:
             return Settling(target, selector, scores, work.display.say).done() if measured else select(selector, scores)
 
-        return within(selector) if file is None else fitting(selector, file, within, candidates)
+        if file is None or candidates.graph is not None:
+            return within(selector)
+        return fitting(selector, file, within, candidates)
 
 
 def fitting(

@@ -18,6 +18,7 @@ from vpdeploy.errors import BudgetError
 from vpdeploy.measure.engines import EngineError
 from vpdeploy.pricing import price, target
 from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.price import elsewhere, selector_for
 from vpdeploy.pricing.reach import reach_text
 from vpdeploy.pricing.settle import settle
@@ -68,6 +69,35 @@ def test_the_size_of_a_file_is_what_the_sum_says(tmp_path):
             wider = widths.copy()
             wider[column] += steps.min()
             assert selector.budget.cost(wider) > selector.budget.limit
+
+
+TRANSFORMER = """
+from torchvision.models import VisionTransformer
+
+
+def vit():
+    return VisionTransformer(image_size=12, patch_size=4, num_layers=4, num_heads=6, hidden_dim=24, mlp_dim=48, num_classes=10)
+"""
+
+
+def test_so_it_is_of_a_transformer_whose_layers_have_one_shape_until_their_heads_differ(tmp_path):
+    (tmp_path / "net.py").write_text(TRANSFORMER)
+    work = workbench(tmp_path, {"file_mib": 0.1}, model={"name": f"{tmp_path / 'net.py'}:vit"})
+    groups = pipeline.grouped(work)
+    found = pipeline.priced(work, groups)
+    network = Network.of(work, groups)
+    heads = iter((2, 3, 4, 5))
+    widths = np.array([next(heads) if g.unit > 1 else 24 for g in groups.prunable], float)
+    files = Candidates(work, groups, tmp_path, form="uint8", prompted=True)
+    files.check(network.narrowest(1))
+    assert files.graph is not None  # nothing but the first was exported
+    files.export(cut(files.backbone, plan(files.backbone, groups.prunable, files.mask(widths))), tmp_path / "real.onnx")
+    size, told = (
+        (tmp_path / "real.onnx").stat().st_size,
+        network.shapes.sum_of(found.costs["file_mib"]).at(widths) * 2**20,
+    )
+    assert 0 <= told - size < 4096
+    assert found.dense["file_mib"] * 2**20 == files.whole.stat().st_size
 
 
 @pytest.mark.parametrize(
