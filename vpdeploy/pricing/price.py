@@ -60,7 +60,7 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
             ),
         )
         try:
-            made = _with_measured(made, target, network)
+            made = _with_ends(made, target, network)
         except VpdeployError as e:
             if recipe.budget.reads_target:
                 raise
@@ -68,29 +68,36 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
         made = replace(made, table=table_of(made, network))
         made = replace(made, table_seconds=round(time.perf_counter() - began, 2))
         work.display.say(reach_text(made))
+        made = _with_costs(made, target, network)
         selector = selector_at(made, network)
         if recipe.budget.measured:
             made = replace(made, limits=limits_in_practice(selector, target, made, network))
     return replace(made, seconds=round(time.perf_counter() - began, 2))
 
 
-def _with_measured(made: Price, target: Target, network: Network) -> Price:
-    """``made`` with what latency and memory cost; where nothing is chosen by them, the narrowest and the dense network alone are
-    measured.
-    """
-    budget, costs = network.recipe.budget, made.costs
-    by_memory = "memory_mib" in budget.measured
-    by_latency = budget.speed or "latency_ms" in budget.measured
-    widths = _mixed(network, made.round_to, MIXED if by_latency or by_memory else 0)
-    measured = Measured.of(target, widths, layers=by_latency, memory=by_memory)
-    if by_latency:
-        costs = {**costs, "latency_ms": measured.latency_terms(network.shapes)}
+def _with_ends(made: Price, target: Target, network: Network) -> Price:
+    """``made`` with what the narrowest and the dense network have."""
+    measured = Measured.of(target, _mixed(network, made.round_to, 0), layers=False, memory=True)
     dense = {**made.dense, "latency_ms": measured.dense_ms}
     least = {"latency_ms": float(measured.ms[0])}
     if measured.memory is not None:
-        costs = {**costs, "memory_mib": measured.memory_terms(network.shapes, costs["file_mib"])}
-        dense["memory_mib"], least["memory_mib"] = float(measured.memory[-1]), float(measured.memory[0])
-    return replace(made, costs=costs, dense=dense, least=least, conditions=measured.conditions)
+        least["memory_mib"], dense["memory_mib"] = map(float, measured.memory)
+    return replace(made, dense=dense, least=least, conditions=measured.conditions)
+
+
+def _with_costs(made: Price, target: Target, network: Network) -> Price:
+    """``made`` with what any widths cost in time and memory, where something is chosen by these."""
+    budget, costs = network.recipe.budget, dict(made.costs)
+    by_latency = budget.speed or "latency_ms" in budget.measured
+    by_memory = "memory_mib" in budget.measured
+    if by_latency or by_memory:
+        widths = _mixed(network, made.round_to, MIXED)
+        measured = Measured.of(target, widths, layers=by_latency, memory=by_memory)
+        if by_latency:
+            costs["latency_ms"] = measured.latency_terms(network.shapes)
+        if measured.memory is not None:
+            costs["memory_mib"] = measured.memory_terms(network.shapes, costs["file_mib"])
+    return replace(made, costs=costs)
 
 
 def _mixed(network: Network, round_to: int, between: int) -> Array:

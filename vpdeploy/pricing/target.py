@@ -92,8 +92,8 @@ class Target:
 class Measured:
     """What was measured of networks of ``widths`` [networks, groups], the narrowest first and the dense one last.
 
-    layers: milliseconds of each module, where they were asked for and the engine tells; memory [networks]: of the narrowest and
-    the dense one alone where no budget asks for it.
+    layers: milliseconds of each module, where they were asked for and the engine tells; memory [networks]: where it was asked for
+    and can be told.
     """
 
     widths: Array
@@ -106,7 +106,7 @@ class Measured:
     @staticmethod
     def of(target: Target, widths: Array, *, layers: bool, memory: bool) -> Measured:
         last = len(widths) - 1
-        subjects, found = _written(target, widths, range(len(widths)) if memory else (0, last))
+        subjects, found = _written(target, widths, weighed=memory)
         dense = target.dense()
         own = str(last) if dense.path == subjects[str(last)].path else "dense"  # the same where there is no prompt
         timed = target.glance({**subjects, own: dense})
@@ -134,23 +134,22 @@ class Measured:
     def memory_terms(self, shapes: Shapes, file_terms: Sequence[Term]) -> tuple[Term, ...]:
         """So much for each byte of the file, and a constant: weights are most of what a process holds."""
         assert self.memory is not None
-        rows = self.widths if len(self.memory) == len(self.widths) else self.widths[[0, -1]]
         file = shapes.sum_of(file_terms)
-        mib = np.array([file.at(row) for row in rows])
+        mib = np.array([file.at(row) for row in self.widths])
         constant, per_mib = non_negative(np.stack([np.ones(len(mib)), mib], 1), self.memory)
         return (Term("", float(constant)), *(replace(term, amount=term.amount * float(per_mib)) for term in file_terms))
 
 
-def _written(target: Target, widths: Array, weighed: Sequence[int]) -> tuple[dict[str, Subject], list[float | None]]:
-    """The networks of ``widths`` by their number, and the memory of those ``weighed``: in processes of their own, the largest
-    first, while further files are written.
+def _written(target: Target, widths: Array, *, weighed: bool) -> tuple[dict[str, Subject], list[float | None]]:
+    """The networks of ``widths`` by their number, and where they are ``weighed`` their memory: in processes of their own, the
+    largest first, while further files are written.
     """
     subjects: dict[int, Subject] = {}
     peaks: dict[int, Future[float | None]] = {}
     with ThreadPoolExecutor(2) as pool:
         for i in reversed(range(len(widths))):
             subjects[i] = target.candidates.subject(widths[i])
-            if i in weighed and target.setting.engine == "onnxruntime-cpu":
+            if weighed and target.setting.engine == "onnxruntime-cpu":
                 peaks[i] = pool.submit(target.memory, widths[i])
     found = [peaks[i].result() for i in sorted(peaks)]
     return {str(i): subjects[i] for i in sorted(subjects)}, found or [None]

@@ -124,10 +124,10 @@ def test_what_cannot_be_met_is_told_before_any_training(tmp_path, budget, told):
 @pytest.mark.parametrize(("glance", "measured", "fits"), [(5.3, 4.9, True), (4.8, 5.1, False), (9.0, 4.0, False)])
 def test_a_glance_refuses_nothing_that_is_near(tmp_path, monkeypatch, glance, measured, fits):
     """It may be off by more than what decides: near the limit the narrowest network is measured as masks will be."""
-    measure = price._with_measured
+    measure = price._with_ends
     monkeypatch.setattr(
         price,
-        "_with_measured",
+        "_with_ends",
         lambda *args: replace(
             made := measure(*args), least={**made.least, "latency_ms": glance}, dense={**made.dense, "latency_ms": 20.0}
         ),
@@ -239,9 +239,10 @@ def test_times_are_fitted_where_something_is_chosen_by_them(tmp_path, monkeypatc
         Measured, "of", lambda target, widths, **asked: seen.append(widths) or measured(target, widths, **asked)
     )
     found = priced(workbench(tmp_path, budget, search={"score_init": "taylor"}))
-    (widths,) = seen
-    assert len(widths) == (2 + price.MIXED if fitted else 2)
-    assert len(np.unique(widths[:, 0])) > 2 if fitted else (widths[0] < widths[1]).all()
+    ends, *others = seen
+    assert len(ends) == 2 and (ends[0] < ends[1]).all()
+    assert [len(widths) for widths in others] == ([2 + price.MIXED] if fitted else [])
+    assert all(len(np.unique(widths[:, 0])) > 2 for widths in others)
     assert [name for name in found.costs if name == "latency_ms"] == fitted
     (told,) = (row for row in found.table if row.quantity == "latency_ms")
     assert 0 < told.smallest < told.dense
