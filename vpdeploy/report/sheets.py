@@ -131,8 +131,12 @@ def reach(price: Price, arm: Measurement | None = None) -> Sheet:
 
 
 def _came_to(arm: Measurement, price: Price) -> dict[str, float]:
-    found = {"macs": float(arm.macs), "params": float(arm.params), "file_mib": max(arm.file_bytes.values()) / 2**20}
     at = price.conditions
+    sizes = {form: size / 2**20 for form, size in arm.file_bytes.items()}
+    asked = any(row.quantity == "file_mib" and row.requested is not None for row in price.table)
+    found = {"macs": float(arm.macs), "params": float(arm.params), "file_mib": max(sizes.values())}
+    if at is not None and not asked:  # then the table is of the target's form alone
+        found["file_mib"] = sizes.get(at.form, found["file_mib"])
     if at is None:
         return found
     time = latency_at(arm, at)

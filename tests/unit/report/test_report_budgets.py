@@ -106,6 +106,15 @@ def test_what_could_be_reached_stands_beside_what_it_came_to():
     assert reach(priced()).columns == ("quantity", "smallest", "requested", "dense")
 
 
+def test_a_file_stands_beside_what_the_table_tells_of_files():
+    """Of the target's form, or of the larger one where a budget speaks of files."""
+    arm = replace(example_report().arms["pruned"], file_bytes={"float": 2**21, "uint8": 2**22})
+    for form, requested, told in (("float", None, "2.00"), ("uint8", None, "4.00"), ("float", 5.0, "4.00")):
+        price = priced(table=(Reach("file_mib", 1.0, requested, 8.0),), conditions=AT._replace(form=form))
+        ((*_, came),) = reach(price, arm).rows
+        assert came.text == told
+
+
 def test_a_latency_budget_gives_the_headline():
     report = replace(example_report(), price=priced())
     at = headline(report)
