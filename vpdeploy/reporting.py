@@ -79,6 +79,7 @@ def read_report(run: Path) -> Report:
 
     Raises: RunFolderError when there is none, or it is damaged.
     """
+    read_recipe(run)
     again = f"run `vpdeploy report {run}`"
     path = run / "report.json"
     return run_folder.load(Report, run_folder.read_bytes(path, again=again), where=str(path), again=again)

@@ -64,8 +64,9 @@ def _written(amount: float) -> str:
 
 
 def _check(kind: str, amounts: Sequence[float]) -> None:
+    expected = "above 0 and at most 1" if kind in RATIOS else "a finite number above 0"
     problems = [
-        f"--{kind.replace('_', '-')}: got {amount:g}; expected {'above 0 and at most 1' if kind in RATIOS else 'above 0'}"
+        f"--{kind.replace('_', '-')}: got {amount:g}; expected {expected}"
         for amount in amounts
         if not 0 < amount <= (1 if kind in RATIOS else sys.float_info.max)
     ]

@@ -83,7 +83,7 @@ def test_a_point_comes_again_by_its_command(swept, tmp_path, capsys):
         (["--macs-ratio", "half"], 2, "--macs-ratio: got 'half'; expected numbers"),
         (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 1.5; expected above 0 and at most 1"),
         (["--macs-ratio", "1.5,0.5,0.5"], 1, "--macs-ratio: got 0.5 twice; expected each once"),
-        (["--latency-ms", "3,inf"], 1, "--latency-ms: got inf; expected above 0"),
+        (["--latency-ms", "3,inf"], 1, "--latency-ms: got inf; expected a finite number above 0"),
         (["--file-mib", "0.2", "--set", "budget.limits.file_mib=0.25"], 1, "got 0.25 beside budget.file_mib"),
     ],
 )

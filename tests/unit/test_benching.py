@@ -71,7 +71,7 @@ def test_files_are_measured_against_the_first(pair):
 
 REFUSED = {
     "gone": (lambda at: [at / "gone.onnx"], "gone.onnx: no such file; expected an ONNX file, or a run folder"),
-    "a folder": (lambda at: [at, at / "text.onnx"], "a folder beside others; expected ONNX files, or one run: "),
+    "a folder": (lambda at: [at, at / "text.onnx"], ": a folder; expected ONNX files, or one run: "),
     "no model": (lambda at: [at / "text.onnx"], "text.onnx: is no ONNX file"),
     "of nothing": (lambda at: [model(at / "a.onnx", axes=(0, 3, 8, 8))], r"its input 'x0' is float \[0, 3, 8, 8\]; expected"),
     "empty": (lambda at: [at / "empty.onnx"], r"empty.onnx: is no ONNX file .it holds no operation.; expected one"),

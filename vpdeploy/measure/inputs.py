@@ -49,9 +49,7 @@ def input_of(path: Path) -> FileInput:
     Raises: VpdeployError when it is no ONNX file, or takes something else than one batch of images.
     """
     if path.is_dir():
-        raise VpdeployError(
-            f"{path}: a folder beside others; expected ONNX files, or one run: `vpdeploy compare` takes several"
-        )
+        raise VpdeployError(f"{path}: a folder; expected ONNX files, or one run: `vpdeploy compare` takes several")
     if not path.is_file():
         raise VpdeployError(f"{path}: no such file; expected an ONNX file, or a run folder")
     try:
@@ -82,7 +80,8 @@ def _bytes_beside(path: Path, graph: onnx.GraphProto) -> int:
 
     Raises: VpdeployError when one is not beside ``path``.
     """
-    external = (t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
+    held = (attribute.t for node in graph.node for attribute in node.attribute if attribute.HasField("t"))
+    external = (t for t in (*graph.initializer, *held) if t.data_location == onnx.TensorProto.EXTERNAL)
     names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
     folder, total = path.resolve().parent, 0
     for name in sorted(names):

@@ -165,9 +165,10 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
             )
         if row.smallest > limit * (1 + GLANCED * (kind in MEASURED)):
             best = shown(row.smallest / (row.dense if is_ratio(kind) else 1.0))
+            more = "no ratio can be met" if is_ratio(kind) and row.smallest > row.dense else "ask for more"
             key = f"budget.{kind}" if kind == budget.kind else f"budget.limits.{kind}"
             raise BudgetError(
-                f"{key}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: ask for more"
+                f"{key}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: {more}"
             )
     if FORMULAS.issuperset(asked):
         other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))

@@ -47,6 +47,7 @@ def load_recipe(
     except tomllib.TOMLDecodeError as e:
         raise RecipeError(where, [f"not valid TOML: {e}"]) from e
     problems = [problem for text in overrides for problem in _override(raw, text)]
+    problems += _two_budgets(overrides)
     return parse_recipe(
         raw, where=where, folder=path.resolve().parent, earlier_problems=problems, own_input=own_input, further=further
     )
@@ -107,6 +108,14 @@ def _with_own_input(
         return recipe, [("input", key) for key in silent]
     values = {key: own[key] for key in silent if key in own}
     return recipe.model_copy(update={"input": recipe.input.model_copy(update=values)}), []
+
+
+def _two_budgets(overrides: Sequence[str]) -> Iterator[str]:
+    """One takes the place of the recipe's own; of two it is not known which is meant."""
+    keys = dict.fromkeys(text.partition("=")[0].strip() for text in overrides)
+    given = [key for key in keys if key in {f"budget.{name}" for name in BUDGETS}]
+    if len(given) > 1:
+        yield f"--set: got {' and '.join(given)}; expected one budget; budget.limits takes hard ones beside it"
 
 
 def _override(raw: dict[str, Any], text: str) -> Iterator[str]:

@@ -178,10 +178,12 @@ def unreachable(
     more = "ask for that or more"
     if is_ratio(bound.kind) and least > bound.dense:
         more = "no ratio can be met: the narrowest network costs more than the dense one, which ships without a prompt"
-    less = "a smaller round_to, or " if selector.round_to > 1 else ""
+    less = f"{'a smaller round_to, or ' if selector.round_to > 1 else ''}a larger max_removal reaches less"
+    if not selector.roots:
+        less = "nothing can be removed: `vpdeploy inspect` gives the reasons"
     return BudgetError(
         f"{_key(bound, selector)}: got {bound.requested:g}; the best reachable is {_reachable(bound, least, bound.dense)} {told}"
-        f"{made_of}; {more}; {less}a larger max_removal reaches less"
+        f"{made_of}; {more}; {less}"
     )
 
 

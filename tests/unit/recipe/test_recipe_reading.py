@@ -122,3 +122,11 @@ def test_checking_a_recipe_does_not_import_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_two_budgets_in_one_command_are_an_error_and_one_takes_the_place_of_the_recipes_own(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("[model]\nname = 'cifar_resnet8'\n[data]\nname = 'digits'\n[budget]\nmacs_ratio = 0.5\n")
+    assert load_recipe(path, ["budget.latency_ms=1"]).budget.kind == "latency_ms"
+    with pytest.raises(RecipeError, match="--set: got budget.latency_ms and budget.file_mib; expected one"):
+        load_recipe(path, ["budget.latency_ms=1", "budget.file_mib=2"])
