@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from vpdeploy.deploy.reshapes import open_reshapes, without_weights
 from vpdeploy.errors import VpdeployError
 from vpdeploy.values import PrunePlan, Term
 
 PREFIX, PROMPT = "backbone.", "canvas.prompt."
-OF_A_NAME = 32  # bytes by which a name in two places gets longer, and what frames a constant
 Values = np.ndarray[Any, np.dtype[Any]]
 Axes = tuple[tuple[str, int] | None, ...]  # which axis of which tensor each axis of an initializer is
 
@@ -88,7 +87,7 @@ class Graph:
             if missing:
                 raise CannotCut(f"{tensor}: axis {missing[0]} is not in the graph")
         anew = tensors() if self.computed else {}
-        model = _without_weights(self.model)
+        model = without_weights(self.model)
         for tensor in self.model.graph.initializer:
             places = self.axes[tensor.name]
             array = numpy_helper.to_array(tensor)
@@ -109,7 +108,7 @@ class Graph:
 def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
     """A file as ``deploy.onnx_file.to_onnx`` writes it. tensors: of the backbone, by name."""
     model = onnx.load(path, load_external_data=False)
-    spare = _open_shapes(model)
+    spare = open_reshapes(model)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     axes: dict[str, Axes] = {}
@@ -138,84 +137,6 @@ def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator
                     and np.array_equal(tensor, indices)
                 ):
                     yield node.input[1], name
-
-
-def _open_shapes(model: onnx.ModelProto) -> int:
-    """Where constants tell reshapes a width, let it follow from what is reshaped: heads of tokens, flattened maps. How many bytes
-    these would take if no two reshapes had one in common.
-    """
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    shapes = _shapes(model)
-    reshapes = [node for node in model.graph.node if node.op_type == "Reshape" and node.input[1] in values]
-    found: dict[str, set[tuple[int, ...] | None]] = {}
-    spare = 0
-    for node in reshapes:
-        before, after = shapes.get(node.input[0], []), numpy_helper.to_array(values[node.input[1]]).tolist()
-        batch = before[:1] if after[:1] == [-1] and _ratio(before[1:], after[1:]) == 1 else after[:1]
-        shape = _open_shape(before, [*batch, *after[1:]])
-        found.setdefault(node.input[1], set()).add(shape)
-    for node in reshapes:
-        name = node.input[1]
-        (shape, *others) = found[name]
-        if shape is None or others:
-            continue
-        spare += values[name].ByteSize() + OF_A_NAME
-        values[name].CopyFrom(numpy_helper.from_array(np.array(shape, np.int64), name))
-        for attribute in node.attribute:
-            if attribute.name == "allowzero":
-                attribute.i = 0
-    return spare
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
-    """Of what every node writes; an axis is a number, or the name of one that is open."""
-    bare = _without_weights(model)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.INT64:  # what shapes are computed of
-            bare.graph.initializer.append(tensor)
-        else:
-            bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    graph = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    known = [*graph.value_info, *graph.input, *graph.output]
-    return {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in known}
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    bare.graph.name = model.graph.name
-    bare.graph.node.extend(model.graph.node)
-    bare.graph.input.extend(model.graph.input)
-    bare.graph.output.extend(model.graph.output)
-    return bare
-
-
-def _open_shape(before: list[int | str], after: list[int | str]) -> tuple[int, ...] | None:
-    """As ONNX's Reshape takes it: 0 for an axis that is as before, -1 for the first part of the one axis that is split, or that
-    several become. None where that does not tell.
-    """
-    shape: list[int | str] = []
-    i = j = 0
-    while j < len(after):
-        i_end, j_end = i + 1, j + 1
-        if before[i:i_end] == after[j:j_end]:
-            shape.append(0 if i == j else after[j])
-        else:
-            while (ratio := _ratio(before[i:i_end], after[j:j_end])) != 1:
-                if ratio is None or i_end > len(before) or j_end > len(after):
-                    return None
-                i_end, j_end = (i_end + 1, j_end) if ratio < 1 else (i_end, j_end + 1)
-            shape += [-1, *after[j + 1 : j_end]]
-        i, j = i_end, j_end
-    known = tuple(size for size in shape if not isinstance(size, str))
-    return known if len(known) == len(shape) and known.count(-1) <= 1 else None
-
-
-def _ratio(before: list[int | str], after: list[int | str]) -> float | None:
-    """Of the products of their sizes; None where one is not known."""
-    known = [size for size in (*before, *after) if not isinstance(size, str) and size > 0]
-    if len(known) < len(before) + len(after):
-        return None
-    return math.prod(known[: len(before)]) / math.prod(known[len(before) :])
 
 
 def _by_use(node: Any, place: int, size: tuple[int, ...], shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> Axes:

@@ -32,6 +32,7 @@ from vpdeploy.surgery.shapes import Shapes
 from vpdeploy.values import Certificate, ChannelGroups, ChannelMask, GroupRecord, PrunePlan, Term
 from vpdeploy.workbench import Workbench
 
+MIB = 2**20
 AGREES = 1e-3  # relative, in float32: a graph cut in a wrong place is off by tenths
 
 
@@ -56,9 +57,13 @@ class Candidates:
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
         self.whole = folder / f"dense.{form}.onnx"
         self.export(self.backbone, self.whole)
-        graph = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
-        self._terms, self._spare = graph.terms(), graph.spare
-        self.graph: Graph | None = graph
+        self._read = read_graph(self.whole, _arrays(self._rows_taken(self.backbone)))
+        self._followed = True
+
+    @property
+    def graph(self) -> Graph | None:
+        """What is cut; None where a cut in torch is something else."""
+        return self._read if self._followed else None
 
     def dense_without_prompt(self) -> Path:
         """The dense arm's file."""
@@ -76,9 +81,10 @@ class Candidates:
         """The bytes of all constants of the file, as they follow the widths. Where the graph cannot be cut, scaled so that the
         file of ``narrowest`` widths is met too: near for others, and no more.
         """
-        if self.graph is not None:
-            return self._terms
-        cost, terms = shapes.sum_of(self._terms), self._terms
+        terms = self._read.terms()
+        if self._followed:
+            return terms
+        cost = shapes.sum_of(terms)
         told = cost.at(shapes.dense_widths) - cost.at(narrowest)
         with suppress(VpdeployError):  # a narrower one that cannot be exported is told where it is needed
             removed = self.whole.stat().st_size - self.file(narrowest).stat().st_size
@@ -88,7 +94,7 @@ class Candidates:
     @property
     def spare(self) -> int:
         """Bytes by which an export may be larger than these say."""
-        return self._spare if self.graph is not None else 0
+        return self._read.spare if self._followed else 0
 
     def subject(self, widths: Array) -> Subject:
         """What runs at ``widths`` [groups]: a file, and the module that it is of."""
@@ -119,15 +125,12 @@ class Candidates:
         """
         drawn, dense = np.random.default_rng(0), [group.width for group in self.groups]
         between = [drawn.integers(int(low), high, endpoint=True) for low, high in zip(widths, dense, strict=True)]
-        if self.graph is not None and not all(
-            self._follows(self.graph, row) for row in (widths, np.array(between, float))
-        ):
-            self.graph = None
+        self._followed = self._followed and self._follows(widths) and self._follows(np.array(between, float))
 
-    def _follows(self, graph: Graph, widths: Array) -> bool:
+    def _follows(self, widths: Array) -> bool:
         cuts, path = plan(self.backbone, self.groups, self.mask(widths)), self.folder / f"check.{self.form}.onnx"
         with suppress(CannotCut, VpdeployError):
-            graph.write_cut(cuts, path, lambda: _arrays(cut(self.backbone, cuts)))
+            self._read.write_cut(cuts, path, lambda: _arrays(cut(self.backbone, cuts)))
             return self._agrees(path, self._module(cuts))
         return False
 

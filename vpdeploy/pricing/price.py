@@ -14,10 +14,10 @@ from vpdeploy.measure.engines import check_engine
 from vpdeploy.measure.environment import machine
 from vpdeploy.measure.settings import setting_of
 from vpdeploy.pricing.alignment import multiple_of
-from vpdeploy.pricing.candidates import Candidates, target_text
+from vpdeploy.pricing.candidates import MIB, Candidates, target_text
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import reach_text, table_of, what_stops
-from vpdeploy.pricing.settle import GLANCED, MIB, limits_in_practice
+from vpdeploy.pricing.settle import GLANCED, limits_in_practice
 from vpdeploy.pricing.target import Measured, Target, opened, shape_of_image
 from vpdeploy.recipe.tables import BudgetTable
 from vpdeploy.scoring.select import MEASURED, Selector, build_selector, is_ratio, shown

@@ -12,7 +12,7 @@ import numpy as np
 
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.settings import setting_of
-from vpdeploy.pricing.candidates import Candidates
+from vpdeploy.pricing.candidates import MIB, Candidates
 from vpdeploy.pricing.network import Network
 from vpdeploy.pricing.reach import what_stops
 from vpdeploy.pricing.target import Target, opened, shape_of_image
@@ -21,7 +21,6 @@ from vpdeploy.surgery.cost import Array, quantity_of
 from vpdeploy.values import ChannelGroups, Price, Selection
 from vpdeploy.workbench import Workbench
 
-MIB = 2**20
 AIM = 0.985  # of a budget in time: what is measured once more should still be within
 MEMORY_RUNS = 8  # of which the largest counts: processes of one file differ by whole buffers
 TRIES, MEMORY_TRIES = 8, 32

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.deploy.bake import ConstantPrompt, Deployable
-from vpdeploy.deploy.graph_cut import CannotCut, _open_shape, read_graph
+from vpdeploy.deploy.graph_cut import CannotCut, read_graph
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.models.attention.multihead import MultiheadAttention
@@ -131,25 +131,6 @@ def test_a_cut_in_the_graph_computes_what_a_cut_in_torch_does(kind, tmp_path):
             sum(8 * g.width for g in groups) if kind is Convolutions else 0
         )  # of the shortcut: taken as when dense
         assert held <= told <= held + indices
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "open_shape"),
-    [
-        (["n", 17, 64], ["n", 17, 4, 16], (0, 0, -1, 16)),
-        (["n", 17, 4, 16], ["n", 17, 64], (0, 0, -1)),
-        (["n", 64, 4, 4], ["n", 64, 16], (0, 0, -1)),
-        (["n", 64, 1, 1], ["n", 64], (0, 0)),
-        (["n", 64, 4, 4], ["n", 1024], (0, -1)),
-        (["n", 64, 4, 4], ["n", 4, 16, 4, 4], (0, -1, 16, 4, 4)),
-        (["n", 8, 8, 32], ["n", 2, 4, 2, 4, 32], None),
-        (["n", 16, 4, 32], [-1, 4, 32], None),
-        (["n", 64], ["m", 64], None),
-        ([], ["n", 64], None),
-    ],
-)
-def test_a_reshape_follows_what_it_reshapes_where_that_tells(before, after, open_shape):
-    assert _open_shape(before, after) == open_shape
 
 
 def test_a_tensor_that_is_not_found_is_an_error(tmp_path):

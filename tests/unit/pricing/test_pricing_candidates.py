@@ -70,6 +70,6 @@ def test_a_shuffle_that_the_narrowest_network_does_not_tell_is_found(tmp_path):
     files = Candidates(work, groups, tmp_path, form="float", prompted=True)
     assert files.graph is not None
     narrowest = Network.of(work, groups).narrowest(1)
-    assert files._follows(files.graph, narrowest)
+    assert files._follows(narrowest)
     files.check(narrowest)
     assert files.graph is None
