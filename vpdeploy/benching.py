@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vpdeploy.errors import VpdeployError
+from vpdeploy.errors import VpdeployError, of_each
 from vpdeploy.measure.engines import Subject, check_engine
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.factors import latency_factor
@@ -39,10 +39,9 @@ def bench_files(
     settings = settings_of(table)
     for setting in settings:
         check_engine(setting)
-    taken = {path: input_of(path) for path in paths}
+    taken = dict(zip(paths, of_each(paths, input_of), strict=True))
     form, shape = _common_input(taken, image_size)
-    for path, setting in product(paths, settings):
-        check_batch(path, taken[path], setting.batch)
+    of_each(product(paths, table.batches), lambda pair: check_batch(pair[0], taken[pair[0]], pair[1]))
     rows: dict[str, list[Latency]] = {str(path): [] for path in paths}
     engines: dict[str, Mapping[str, Any]] = {}
     for setting in settings:

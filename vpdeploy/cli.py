@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vpdeploy.errors import VpdeployError
+from vpdeploy.errors import VpdeployError, of_each
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.recipe.tables import Recipe
@@ -218,6 +219,9 @@ def bench(
     With options: latencies under these conditions, added to the run's report. ONNX files are measured against the first of
     them. Exit status 4: done, but the machine was not steady.
     """
+    size = _numbers("--image-size", image_size, between="x")
+    if size is not None and len(size) != 2:
+        raise typer.BadParameter(f"--image-size: got {image_size!r}; expected HEIGHTxWIDTH, such as 224x224")
     given = {
         "engines": None if engine is None else tuple(engine.split(",")),
         "batches": _numbers("--batch", batch),
@@ -225,7 +229,7 @@ def bench(
         "device": device,
         "precision": precision,
         "seconds": seconds,
-        "image_size": _numbers("--image-size", image_size, between="x"),
+        "image_size": size,
     }
     given = {key: value for key, value in given.items() if value is not None}
     files = len(what) > 1 or what[0].suffix.lower() == ".onnx"
@@ -286,12 +290,24 @@ def _bench_files(files: list[Path], given: dict[str, Any], *, as_json: bool) -> 
     return made.unsteady
 
 
+def _a_number(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("got nan; expected a number")
+    return value
+
+
 @app.command(rich_help_panel="The road")
 def report(
     run: RunArgument,
-    min_speedup: Annotated[float | None, typer.Option(min=0.0, help="dense p50 over pruned p50, at least")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="top-1 below dense, percentage points, at most")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(min=0.0, help="p90 of the pruned file, at most")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(min=0.0, callback=_a_number, help="dense p50 over pruned p50, at least")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(callback=_a_number, help="top-1 below dense, percentage points, at most")
+    ] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(min=0.0, callback=_a_number, help="p90 of the pruned file, at most")
+    ] = None,
 ) -> None:
     """Write report.json, report.md and report.html from what was measured.
 
@@ -323,7 +339,7 @@ def compare(
     from vpdeploy.report.table import runs_table
     from vpdeploy.reporting import read_report
 
-    out.print(runs_table({str(run): read_report(run) for run in runs}))
+    out.print(runs_table(dict(zip(map(str, runs), of_each(runs, read_report), strict=True))))
 
 
 @app.command(rich_help_panel="Before")

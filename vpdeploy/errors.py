@@ -4,6 +4,12 @@ and keeps its traceback.
 A message says where, what came, what was expected and what to do.
 """
 
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class VpdeployError(Exception):
     """Something outside vpdeploy's control is wrong: a recipe, a file, a model, the disk."""
@@ -41,3 +47,19 @@ class ParityError(VpdeployError):
 
 class RunFolderError(VpdeployError):
     """A run folder cannot be read, written or continued."""
+
+
+def of_each(what: Iterable[T], read: Callable[[T], R]) -> list[R]:
+    """What ``read`` makes of each. Raises: VpdeployError with what is wrong with all of them, not with the first alone."""
+    found: list[R] = []
+    wrong: list[VpdeployError] = []
+    for one in what:
+        try:
+            found.append(read(one))
+        except VpdeployError as e:
+            wrong.append(e)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise VpdeployError("\n".join(map(str, wrong)))
+    return found

@@ -54,6 +54,10 @@ def test_help_of_a_command_tells_what_it_does_and_takes(capsys, command):
         ["predict", "a.onnx"],
         ["run", "r.toml", "--sett", "a=1"],
         ["predict", "a", "b", "--top", "0"],
+        ["report", "a", "--max-drop", "nan"],
+        ["report", "a", "--min-speedup", "nan"],
+        ["report", "a", "--max-latency-ms", "nan"],
+        ["bench", "a.onnx", "--image-size", "16"],
     ],
     ids=" ".join,
 )
@@ -193,6 +197,7 @@ def test_folders_that_hold_no_run(capsys, tmp_path):
             f"error: {tmp_path}: got a folder without recipe.toml; expected a run folder, as `vpdeploy run RECIPE -o RUN` "
             "makes it\n"
         )
+    assert here(capsys, "compare", tmp_path, tmp_path / "none").err.count("; expected a run folder") == 2
     (tmp_path / "a.txt").touch()
     for name, got in (("a.txt", "a file"), ("none", "nothing there")):
         assert here(capsys, "bench", tmp_path / name).err.startswith(

@@ -67,10 +67,12 @@ def input_of(path: Path) -> FileInput:
     lengths = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in kind.shape.dim]
     axes = tuple(None if length < 0 else length for length in lengths)  # -1: some exporters' "any", and runtimes'
     if kind.elem_type not in FORMS or len(axes) != 4 or 0 in axes:
-        got = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
+        got = "no tensor"
+        if kind.elem_type:
+            name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+            got = f"{name} {['any' if axis is None else axis for axis in axes]}"
         raise VpdeployError(
-            f"{path}: its input {given[0].name!r} is {got} {['any' if axis is None else axis for axis in axes]}; "
-            "expected uint8 or float, [n, h, w, 3] or [n, 3, h, w]"
+            f"{path}: its input {given[0].name!r} is {got}; expected uint8 or float, [n, h, w, 3] or [n, 3, h, w]"
         )
     return FileInput(FORMS[kind.elem_type], axes, path.stat().st_size + _bytes_beside(path, graph))
 

@@ -103,7 +103,8 @@ def ort_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
+    # Without another provider to fall back to, what it logs is what it raises, and that is told in our own words.
+    options.log_severity_level = 4 if list(providers) == ["CPUExecutionProvider"] else 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
