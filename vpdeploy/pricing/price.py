@@ -124,12 +124,10 @@ def _file_terms(
     found = []
     for form in forms:
         with tempfile.TemporaryDirectory() as folder:
-            made = (
-                candidates
-                if form == candidates.form
-                else Candidates(work, groups, Path(folder), form=form, prompted=candidates.prompted)
-            )
-            made.check(network.narrowest(1))
+            made = candidates
+            if form != candidates.form:
+                made = Candidates(work, groups, Path(folder), form=form, prompted=candidates.prompted)
+                made.check(network.narrowest(1))
             size, terms = made.whole.stat().st_size, made.byte_terms(network.shapes, narrowest)
         fixed = size - network.shapes.sum_of(terms).at(network.shapes.dense_widths)
         found.append((size, [Term("", fixed + made.spare), *terms]))
