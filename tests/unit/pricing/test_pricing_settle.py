@@ -205,14 +205,17 @@ def test_a_file_larger_than_its_formula_loses_more_until_it_fits(tmp_path):
     selector = build_selector(groups, cost, budget="file_mib", requested=64.0, round_to=1, max_removal=0.9)
     scores = {root: np.random.default_rng(0).random(64) for root in ("a", "b")}
 
-    def files(share: float) -> Any:
+    def files(share: float, whole: int = 128) -> Any:
         def written(widths: np.ndarray) -> Any:
             return SimpleNamespace(stat=lambda: SimpleNamespace(st_size=int(share * widths.sum() * 2**20)))
 
-        return SimpleNamespace(file=written, whole=SimpleNamespace(stat=lambda: SimpleNamespace(st_size=128 * 2**20)))
+        return SimpleNamespace(file=written, whole=SimpleNamespace(stat=lambda: SimpleNamespace(st_size=whole * 2**20)))
 
     found = fitting(selector, selector.budget, lambda under: select(under, scores), files(1 / 0.96))
     assert 61 <= sum(found.mask.widths().values()) <= 64 * 0.96
     assert found.reached == pytest.approx(sum(found.mask.widths().values()) / 0.96)
+    of_smaller_form = fitting(selector, selector.budget, lambda under: select(under, scores), files(1.0, whole=118))
+    assert 61 - 10 <= sum(of_smaller_form.mask.widths().values()) <= 64 - 10  # the form that counts is 10 MiB larger
+    assert of_smaller_form.reached == sum(of_smaller_form.mask.widths().values()) + 10
     with pytest.raises(BudgetError, match="the smallest file has .* more than file_mib = 64"):
         fitting(selector, selector.budget, lambda under: select(under, scores), files(6.0))
