@@ -21,7 +21,7 @@ from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.recipe.tables import Recipe
 
 if TYPE_CHECKING:
-    from vpdeploy.values import Latency
+    from vpdeploy.values import Latency, Report
 
 app = typer.Typer(
     name="vpdeploy",
@@ -115,6 +115,15 @@ def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(recipe, overrides or [], own_input=own_input, further=outside_problems)
 
 
+def _print_comparison(report: Report) -> None:
+    from vpdeploy.report.budget import budget_lines
+    from vpdeploy.report.table import comparison_table
+
+    out.print(comparison_table(report))
+    for line in budget_lines(report):
+        out.print(line, soft_wrap=True, highlight=False)
+
+
 def _command() -> str:
     return shlex.join(["vpdeploy", *sys.argv[1:]])
 
@@ -126,10 +135,9 @@ def run_command(
     """Do everything: prune, export, bench, report. Interrupted, the same command goes on where it stopped."""
     loaded, folder = _load(recipe, set_), _folder(recipe, output)
     from vpdeploy.pipeline import run
-    from vpdeploy.report.table import comparison_table
 
     report = run(loaded, folder, redo=redo, command=_command(), display=Display(err))
-    out.print(comparison_table(report))
+    _print_comparison(report)
     out.print(f"report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     out.print(f"file:   {folder / 'export'}", soft_wrap=True, highlight=False)
 
@@ -314,7 +322,6 @@ def report(
     With bounds, for build servers: one line each, and exit status 3 when one is not met.
     """
     from vpdeploy.report.bounds import bounds
-    from vpdeploy.report.table import comparison_table
     from vpdeploy.reporting import write_report
     from vpdeploy.run_folder import locked
     from vpdeploy.stages import read_recipe
@@ -322,7 +329,7 @@ def report(
     read_recipe(run)
     with locked(run):
         made = write_report(run)
-    out.print(comparison_table(made))
+    _print_comparison(made)
     out.print(f"report: {run / 'report.html'}", soft_wrap=True, highlight=False)
     asked = bounds(made, min_speedup=min_speedup, max_drop=max_drop, max_latency_ms=max_latency_ms)
     for bound in asked:

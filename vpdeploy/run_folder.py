@@ -250,7 +250,19 @@ def drop_history(path: Path, stage: str) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process alone.
+    """Hold the run folder for this process alone, without what a process left that was killed while it wrote.
+
+    Raises: as ``held``.
+    """
+    with held(run):
+        for left in run.rglob(f".*{PART}"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; runs below it may be others'.
 
     Raises: RunFolderError when another process holds it, or it cannot be made.
     """
@@ -265,8 +277,6 @@ def locked(run: Path) -> Iterator[None]:
     except OSError as e:
         raise _explained(run, e) from e
     try:
-        for left in run.rglob(f".*{PART}"):  # by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

@@ -23,11 +23,12 @@ from vpdeploy.deploy.session import describe
 from vpdeploy.deploy.vectors import Vectors
 from vpdeploy.errors import BudgetError, DataError, ParityError
 from vpdeploy.measure.accuracy import predictor, walk
-from vpdeploy.measure.arms import disagreement, measure_latencies, measure_layers, measure_memories
+from vpdeploy.measure.arms import disagreement, measure_latencies, measure_layers, measure_memories, settings_to_report
 from vpdeploy.measure.engines import Subject
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.layers import layers_of
 from vpdeploy.measure.macs import count_macs, preprocessing_macs
+from vpdeploy.measure.settings import settings_of
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
@@ -134,7 +135,8 @@ def measure_arms(work: Workbench) -> None:
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     with work.doing(stage):
         labels, predictions = _predictions(work, files)
-        latencies = measure_latencies(_subjects(work, files), recipe=recipe)
+        settings, seconds = settings_to_report(recipe), recipe.bench.seconds
+        latencies = measure_latencies(_subjects(work, files), recipe=recipe, settings=settings, seconds=seconds)
         for arm, forms in files.items():
             right = predictions[arm] == labels
             by_torch = float((predictions[f"torch {arm}"] == labels).mean())
@@ -165,13 +167,17 @@ def measure_arms(work: Workbench) -> None:
 
 
 def measure_more(work: Workbench, table: BenchTable) -> list[Latency]:
-    """Latencies of every arm under the conditions of ``table``, added to what was measured; those under the same are new. Gives
-    those of them that were not steady.
+    """Latencies of every arm under the conditions of ``table`` and no others, added to what was measured; those under the same
+    are new. Gives those of them that were not steady.
     """
-    recipe = work.recipe
-    work.require([Stage("bench")], command=f"vpdeploy bench {work.run}")
+    recipe, stage = work.recipe, Stage("bench")
+    work.require([stage], command=f"vpdeploy bench {work.run}")
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
-    latencies = measure_latencies(_subjects(work, files), recipe=recipe.model_copy(update={"bench": table}))
+    settings = settings_of(table)
+    latencies = measure_latencies(_subjects(work, files), recipe=recipe, settings=settings, seconds=table.seconds)
+    work.ledger.begin(
+        stage, recipe
+    )  # stopped half-way, rounds of two sessions would stand side by side as if they were of one
     for arm, more in latencies.arms.items():
         path = measurement_file(work.run, arm)
         measured = run_folder.read_value(path, Measurement)
@@ -181,6 +187,7 @@ def measure_more(work: Workbench, table: BenchTable) -> list[Latency]:
     path = measuring_machine_file(work.run)
     noted = json.loads(run_folder.read_bytes(path))
     run_folder.write_json(path, {**noted, "engines": {**noted.get("engines", {}), **latencies.engines}})
+    work.ledger.finish(stage, recipe)
     return [row for more in latencies.arms.values() for row in more if not row.steady]
 
 

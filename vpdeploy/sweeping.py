@@ -37,24 +37,27 @@ def sweep(
     _check(kind, amounts)
     found = (folder / SHARED / "found.safetensors").resolve()
     recipes = {amount: _at(recipe, kind, amount, found) for amount in amounts}  # before anything is trained
-    command = shlex.join([*again, "-o", str(folder / SHARED)])
-    search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
-    reports: dict[str, Report] = {}
-    commands: dict[str, str] = {}
-    for amount in amounts:
-        name = f"{kind}-{_written(amount)}"
-        path = folder / name
-        told = [f"budget.{kind}={_written(amount)}", f"search.found={found}"]
-        commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
-        if not (path / "stages.json").exists():
-            _begin_from(folder / SHARED, path)
-        display.say(f"{kind} {amount:g}:")
-        reports[name] = run(recipes[amount], path, command=commands[name], display=display)
-        made = sweep_of(reports, commands)
-        pages = render_sweep(made)
-        run_folder.write_value(folder / "sweep.json", made)
-        run_folder.write_bytes(folder / "sweep.md", pages.markdown.encode())
-        run_folder.write_bytes(folder / "sweep.html", pages.html.encode())
+    with run_folder.held(folder):  # the points stand in one sweep.json
+        command = shlex.join([*again, "-o", str(folder / SHARED)])
+        search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
+        reports: dict[str, Report] = {}
+        commands: dict[str, str] = {}
+        for amount, of_point in recipes.items():
+            name = f"{kind}-{_written(amount)}"
+            path = folder / name
+            told = [f"budget.{kind}={_written(amount)}", f"search.found={found}"]
+            if recipe.budget.speed != of_point.budget.speed:
+                told.append("budget.speed=false")
+            commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
+            if not (path / "stages.json").exists():
+                _begin_from(folder / SHARED, path)
+            display.say(f"{kind} {amount:g}:")
+            reports[name] = run(of_point, path, command=commands[name], display=display)
+            made = sweep_of(reports, commands)
+            pages = render_sweep(made)
+            run_folder.write_value(folder / "sweep.json", made)
+            run_folder.write_bytes(folder / "sweep.md", pages.markdown.encode())
+            run_folder.write_bytes(folder / "sweep.html", pages.html.encode())
     return made
 
 
@@ -80,6 +83,8 @@ def _check(kind: str, amounts: Sequence[float]) -> None:
 def _at(recipe: Recipe, kind: str, amount: float, found: Path) -> Recipe:
     """Under this budget alone, from the scores in ``found``; read as if it came from disk, where it will be."""
     values = {f"budget.{other}": None for other in BUDGETS} | {f"budget.{kind}": amount, "search.found": str(found)}
+    if kind.startswith("latency"):
+        values["budget.speed"] = False  # importance is weighed against time in any case
     written = tomllib.loads(dump_recipe(with_values(recipe, values)))
     return parse_recipe(written, where=f"sweep, {kind} {amount:g}", folder=found.parent)
 

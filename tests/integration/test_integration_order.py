@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import with_values
 from vpdeploy.report.compare import check_consistency
 from vpdeploy.reporting import read_report
+from vpdeploy.shipping import measure_more
+from vpdeploy.stages import Stage, measurement_file
+from vpdeploy.values import Measurement
 
 QUIET = Display(quiet=True)
 CLASSES, EACH, TEST_EACH = ("a", "b"), 16, 4
@@ -344,6 +348,37 @@ def test_latencies_under_other_conditions_are_added_to_the_report(finished, tmp_
     assert pipeline.report(run) == made == read_report(run)
     with pytest.raises(RecipeError, match="engines"):
         pipeline.bench_more(run, {"engines": ("tvm",)}, display=QUIET)
+
+
+def test_what_a_latency_budget_was_measured_by_stays_when_more_is_measured(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    recipe = stages.read_recipe(run)
+    timed = recipe.budget.model_copy(update={"macs_ratio": None, "latency_ratio": 0.5})
+    work = replace(pipeline._reopened(run, QUIET), recipe=recipe.model_copy(update={"budget": timed}))
+    work.ledger.finish(Stage("bench"), work.recipe)
+    before = run_folder.read_value(measurement_file(run, "pruned"), Measurement).latency
+    measure_more(work, recipe.bench.model_copy(update={"batches": (3,), "seconds": 0.01}))
+    after = run_folder.read_value(measurement_file(run, "pruned"), Measurement).latency
+    assert after[: len(before)] == before and [row.batch for row in after[len(before) :]] == [3]
+
+
+def test_arms_that_were_written_half_way_are_measured_again_before_they_are_compared(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    write = run_folder.write_value
+
+    def stopped(path, value):
+        if path == measurement_file(run, "pruned"):
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(run_folder, "write_value", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.bench_more(run, {"batches": (2,)}, display=QUIET)
+    monkeypatch.undo()
+    with pytest.raises(RunFolderError, match="not measured yet; run .*vpdeploy bench"):
+        pipeline.report(run)
 
 
 def test_runs_without_a_report_cannot_be_compared(finished, tmp_path):

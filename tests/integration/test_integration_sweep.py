@@ -10,7 +10,8 @@ import pytest
 from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, settings
 
 from vpdeploy import run_folder
-from vpdeploy.sweeping import _begin_from
+from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.sweeping import _at, _begin_from
 from vpdeploy.values import Report, Sweep
 
 BUDGETS = ("--macs-ratio", "0.7,0.4")
@@ -107,6 +108,34 @@ def test_a_point_that_was_stopped_as_it_began_goes_on(swept, tmp_path):
     _begin_from(shared, tmp_path / "point")
     begun = json.loads((tmp_path / "point" / "stages.json").read_bytes())
     assert {"groups", "fit", "tune:dense"} <= begun.keys() and "search:pruned" not in begun
+
+
+def test_a_sweep_holds_its_folder(swept, capsys):
+    """Two would write one sweep.json."""
+    with run_folder.held(swept[0]):
+        done = here(capsys, *sweep_into(swept[0]))
+    assert done.status == 1 and "another vpdeploy process works on this run" in done.err
+
+
+def test_points_in_time_of_a_recipe_with_speed_leave_it_out(tmp_path):
+    recipe = parse_recipe(
+        {
+            "model": {"name": "cifar_resnet8"},
+            "data": {"name": "digits"},
+            "input": {"image_size": 8, "canvas_size": 12},
+            "prompt": {"pixels": {"size": 2}},
+            "budget": {"macs_ratio": 0.5, "speed": True},
+            "search": {"score_init": "taylor"},
+        },
+        where="r",
+        folder=tmp_path,
+    )
+    (tmp_path / "found.safetensors").touch()
+    speeds = {
+        kind: _at(recipe, kind, 0.5, tmp_path / "found.safetensors").budget.speed
+        for kind in ("latency_ratio", "latency_ms", "macs_ratio", "file_mib")
+    }
+    assert speeds == {"latency_ratio": False, "latency_ms": False, "macs_ratio": True, "file_mib": True}
 
 
 def test_scores_of_another_network_are_refused(swept, tmp_path, capsys):

@@ -29,15 +29,15 @@ class Latencies:
     engines: Mapping[str, Mapping[str, Any]]
 
 
-def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
-    """One distribution of every arm for every engine, form, thread count and batch of the recipe; the float form first.
+def measure_latencies(subjects: Subjects, *, recipe: Recipe, settings: Sequence[Setting], seconds: float) -> Latencies:
+    """One distribution of every arm for every form of the recipe and each of ``settings``, of so many ``seconds``; the float form
+    first.
 
     Raises: VpdeployError for an engine that is not there, before anything is timed.
     """
     # By conditions: a device by its name and the engine's first may be the same.
     rows: dict[str, dict[Conditions, Latency]] = {arm: {} for arm in subjects}
     engines: dict[str, Mapping[str, Any]] = {}
-    settings = list(dict.fromkeys([*settings_of(recipe.bench), *_target_of(recipe)]))
     for setting in settings:
         check_engine(setting)
     for form, setting in product(_forms(recipe), settings):
@@ -47,7 +47,7 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
             images,
             form=form,
             setting=setting,
-            seconds=recipe.bench.seconds,
+            seconds=seconds,
         )
         engines[setting.engine] = {key: value for key, value in timed.about.items() if key != "threads"}
         for arm, row in timed.latencies.items():
@@ -55,9 +55,10 @@ def measure_latencies(subjects: Subjects, *, recipe: Recipe) -> Latencies:
     return Latencies({arm: tuple(of_arm.values()) for arm, of_arm in rows.items()}, engines)
 
 
-def _target_of(recipe: Recipe) -> list[Setting]:
-    """Where a latency budget has to hold."""
-    return [setting_of(recipe.target)] if "latency_ms" in recipe.budget.measured else []
+def settings_to_report(recipe: Recipe) -> list[Setting]:
+    """Those of [bench], and where a latency budget has to hold."""
+    target = [setting_of(recipe.target)] if "latency_ms" in recipe.budget.measured else []
+    return list(dict.fromkeys([*settings_of(recipe.bench), *target]))
 
 
 def measure_memories(files: Mapping[str, Path], *, recipe: Recipe) -> tuple[Memory, ...]:

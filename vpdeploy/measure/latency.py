@@ -143,16 +143,21 @@ def summarise(times_ms: NDArray[np.float64], conditions: Conditions) -> Latency:
 
 
 def is_steady(samples: NDArray[np.float64]) -> bool:
-    """Whether the medians of the first and the last half of the rounds are within STEADY of each other."""
+    """Whether the median is known to STEADY: those of the first and the last half of the rounds are within it of each other, and
+    so are the ends of its 95 % interval, by the ranks between which it falls.
+    """
     if len(samples) < 2:
         return True
     first, last = (float(np.median(part)) for part in np.array_split(samples, 2))
-    return max(first, last) <= (1 + STEADY) * min(first, last)
+    reach = 1.96 * np.sqrt(len(samples)) / 2
+    ends = np.clip([len(samples) / 2 - reach, len(samples) / 2 + reach - 1], 0, len(samples) - 1)
+    low, high = np.sort(samples)[[int(np.floor(ends[0])), int(np.ceil(ends[1]))]]
+    return bool(max(first, last) <= (1 + STEADY) * min(first, last) and high <= (1 + STEADY) * low)
 
 
 def told_unsteady(rows: Sequence[Latency]) -> str:
     """What is wrong with ``rows``, and what to do."""
     return (
-        f"{len(rows)} measurements were not steady: the medians of their halves differ by more than {100 * STEADY:.0f} %; "
+        f"{len(rows)} measurements were not steady: their medians are not known to {100 * STEADY:.0f} %; "
         "stop what else runs on this machine, or measure longer"
     )

@@ -20,24 +20,30 @@ from vpdeploy.surgery.cost import Array
 from vpdeploy.values import ChannelGroup
 
 MULTIPLES = (1, 4, 8, 16, 32)
+COARSE = 0.1  # of the MACs in one step of half of the groups: budgets in between would hardly be met
 NEARLY_BEST = 0.97  # of the best multiple's speed: the smallest that has it leaves the most choice
 SWEPT = 0.1  # seconds of each network: multiples differ by hundredths
 
 
 def multiple_of(target: Target, network: Network) -> tuple[int, dict[str, float]]:
-    """The width multiple in use, and the speeds that it was chosen by."""
+    """The width multiple in use, and the speeds that it was chosen by: the smallest that is nearly as fast as the best of those
+    that are fine enough for the network.
+    """
     given = network.recipe.budget.round_to
     if given != "auto":
         return given, {}
     if not network.groups.prunable:
         return 1, {}
     alignment = speeds_of(target, network)
-    return next(int(k) for k, speed in alignment.items() if speed >= NEARLY_BEST), alignment
+    fine = {k: speed for k, speed in alignment.items() if network.typical_step(int(k)) <= COARSE}
+    fine = fine or {"1": alignment["1"]}
+    return next(int(k) for k, speed in fine.items() if speed >= NEARLY_BEST * max(fine.values())), alignment
 
 
 def speeds_of(target: Target, network: Network) -> dict[str, float]:
     """Width multiple -> MACs per millisecond relative to the best, of two networks at about half the width whose widths are odd
-    multiples of it: no better ones by chance. Kept between runs, for the machine, the engine and the layers.
+    multiples of it: no better ones by chance. Kept between runs, for the machine, the engine and the layers, where all were
+    steady.
     """
     rows = {f"{k} {half}": row for k in MULTIPLES for half, row in enumerate(_about_half(network, k))}
     about = [machine(), network.recipe.target.model_dump(), target.image_shape, [row.tolist() for row in rows.values()]]
@@ -55,6 +61,8 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
         both = [name for name in rows if name.split()[0] == str(k)]
         rates[str(k)] = sum(network.cost.macs(rows[name]) for name in both) / sum(timed[name].p50_ms for name in both)
     speeds = {k: round(rate / max(rates.values()), 4) for k, rate in rates.items()}
+    if not all(row.steady for row in timed.values()):
+        return speeds
     with suppress(RunFolderError, OSError):  # a home that cannot be written to: it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         run_folder.write_json(path, {"speeds": speeds, "target": target_text(network.recipe), "machine": machine()})

@@ -39,6 +39,17 @@ class Network:
         most = self.recipe.budget.max_removal
         return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=most, steps=self.steps)
 
+    def typical_step(self, round_to: int) -> float:
+        """The share of the dense network's MACs that goes with the first step of a group: the median of all groups. 1 of a group
+        that can take none.
+        """
+        dense, shares = self.cost.dense_widths, []
+        for place, group in enumerate(self.groups.prunable):
+            narrower = dense.copy()
+            narrower[place] = [0, *self.allowed(group, round_to)][-2]
+            shares.append(1 - self.cost.macs(narrower) / self.cost.macs(dense) if narrower[place] else 1.0)
+        return float(np.median(shares))
+
     @property
     def steps(self) -> int:
         """Of widths that a group must have before it takes smaller ones. Where speed decides the multiple, narrow groups have it

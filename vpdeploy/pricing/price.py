@@ -157,7 +157,8 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
         if row is None or kind in FORMULAS:
             continue
         limit = amount * (row.dense if is_ratio(kind) else 1.0)
-        if kind == budget.kind and not is_ratio(kind) and limit >= row.dense * (1 + GLANCED * (kind in MEASURED)):
+        enough = row.dense * (1 + GLANCED * (kind in (*MEASURED, "file_mib")))  # another form's file may be larger
+        if kind == budget.kind and not is_ratio(kind) and limit >= enough:
             raise BudgetError(
                 f"budget.{kind}: got {amount:g}; the dense network has {shown(row.dense)} already: ask for less"
             )

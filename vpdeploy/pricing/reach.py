@@ -22,7 +22,6 @@ def reach_text(priced: Price) -> str:
 def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
     budget, cost = network.recipe.budget, network.cost
     amounts, narrowest = budget.limits.given, network.narrowest(priced.round_to)
-    files, dense_mib = network.shapes.sum_of(priced.costs["file_mib"]), priced.dense["file_mib"]
     if not is_ratio(budget.kind):
         amounts[budget.kind] = budget.requested
     asked = {"channel_ratio": "channels", "macs_ratio": "macs", "params_ratio": "params", "latency_ratio": "latency_ms"}
@@ -30,11 +29,13 @@ def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
         "channels": cost.channels,
         "macs": cost.macs,
         "params": cost.params,
-        "file_mib": lambda widths: min(files.at(widths), dense_mib),  # they leave room for what an export may add
+        "file_mib": network.shapes.sum_of(priced.costs["file_mib"]).at,
     }
     dense = cost.dense_widths
     rows = {name: (formula(narrowest), priced.dense.get(name, formula(dense))) for name, formula in formulas.items()}
     rows |= {name: (least, priced.dense[name]) for name, least in priced.least.items()}
+    if (narrowest == dense).all():  # measured twice, or with room for what an export may add
+        rows = {name: (whole, whole) for name, (_, whole) in rows.items()}
     of_ratio = asked.get(budget.kind)
     return tuple(
         Reach(name, least, budget.requested * dense if name == of_ratio else amounts.get(name), dense)

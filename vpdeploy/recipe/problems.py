@@ -197,6 +197,12 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
             f"budget.speed: got true with search.score_init = {recipe.search.score_init!r}, which weighs nothing against time; "
             "expected 'taylor' there",
         )
+    if budget.speed and "latency_ms" in quantities:
+        yield (
+            ("budget.speed", f"budget.{quantities['latency_ms']}"),
+            f"budget.speed: got true beside budget.{quantities['latency_ms']}, which weighs importance against time in any case; "
+            "leave it out",
+        )
     memory = written.get("memory_mib") is not None or budget.limits.memory_mib is not None
     if memory and target.engine != "onnxruntime-cpu":
         yield (

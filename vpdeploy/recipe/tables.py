@@ -214,7 +214,9 @@ FileMib = Annotated[
 ]
 MemoryMib = Annotated[
     Positive | None,
-    Field(description="peak resident memory of a process that runs the pruned file on [target], at most; MiB"),
+    Field(
+        description="peak resident memory of a process that runs the pruned file on [target], in the form named there, at most; MiB"
+    ),
 ]
 
 
@@ -247,7 +249,7 @@ class BudgetTable(Table):
     limits: LimitsTable = Field(default_factory=LimitsTable)
     round_to: Literal["auto"] | Count = Field(
         default=8,
-        description="kept widths are multiples of this, or the full width, and smaller steps in groups narrower than 4 of these; auto: what a short sweep on [target] finds fast, in every group wider than it",
+        description="kept widths are multiples of this, or the full width, and smaller steps in groups narrower than 4 of these; auto: what a short sweep on [target] finds fast, in every group wider than it, and no more than lets one step of half of the groups take at most a tenth of the MACs",
     )
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose; 4 outputs of a layer stay in any case"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
 from vpdeploy.report.numbers import factor, factor_range, points, points_range, significant
-from vpdeploy.values import Report
+from vpdeploy.values import Conditions, Report
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def bounds(
     if arm is None:
         return [Bound(False, "no arm but dense is in the report; add pruned to compare.arms")]
     found: list[Bound] = []
-    where = "" if at is None else f" ({describe(at)})"
+    where = "" if at is None else f" ({describe(at)}{_unless_steady(report, arm, at)})"
     if min_speedup is not None:
         faster = factor_at(report, arm, at)
         got = "not measured" if faster is None else f"{factor(faster.factor)}, 95 % {factor_range(faster.interval)}"
@@ -50,6 +50,11 @@ def bounds(
         met = latency is not None and latency.p90_ms <= max_latency_ms
         found.append(_bound(met, f"p90 latency {got}{where}; asked for at most {max_latency_ms:g} ms"))
     return found
+
+
+def _unless_steady(report: Report, arm: str, at: Conditions) -> str:
+    rows = [row for name in ("dense", arm) if (row := latency_at(report.arms[name], at)) is not None]
+    return "" if all(row.steady for row in rows) else "; not a steady measurement"
 
 
 def _bound(met: bool, line: str) -> Bound:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from vpdeploy.report import figures, sheets
+from vpdeploy.report.budget import budget_lines, came_to
 from vpdeploy.report.headline import describe, factor_at, headline, main_arm
 from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
 from vpdeploy.report.pictures import canvas_picture, prompt_picture
@@ -80,7 +81,7 @@ def _contents(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "comparison": sheets.comparison(report),
-        "verdicts": verdicts(report),
+        "verdicts": [*verdicts(report), *budget_lines(report)],
         "arms": {name: ARMS.get(name, "") for name in report.arms},
         "prompt_effect": prompt_effect(report),
         "certificates": {
@@ -106,7 +107,7 @@ def _contents(report: Report) -> dict[str, Any]:
 
 def _reach(report: Report) -> sheets.Sheet | None:
     arm = main_arm(report)
-    return None if report.price is None else sheets.reach(report.price, report.arms[arm] if arm else None)
+    return None if report.price is None else sheets.reach(report.price, came_to(report, arm) if arm else None)
 
 
 def _charts(report: Report) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vpdeploy.report.numbers import (
     significant,
     tiny,
 )
-from vpdeploy.values import Certificate, EpochRecord, Measurement, Price, Report
+from vpdeploy.values import Certificate, EpochRecord, Price, Report
 
 LAST_EPOCHS = 3
 
@@ -111,13 +111,12 @@ QUANTITIES = {
 }
 
 
-def reach(price: Price, arm: Measurement | None = None) -> Sheet:
-    """What could be reached before anything was trained, and what ``arm`` came to."""
-    came = {} if arm is None else _came_to(arm, price)
+def reach(price: Price, came: Mapping[str, float] | None = None) -> Sheet:
+    """What could be reached before anything was trained, and what it ``came`` to: quantity -> amount."""
 
     def rows() -> Iterator[tuple[Cell | str, ...]]:
         for row in price.table:
-            figures = (row.smallest, row.requested, row.dense, *((came.get(row.quantity),) if arm else ()))
+            figures = (row.smallest, row.requested, row.dense, *((came.get(row.quantity),) if came else ()))
             yield QUANTITIES[row.quantity], *(_quantity(row.quantity, figure) for figure in figures)
 
     caption = f"Latency and memory on {price.target}. Widths are multiples of {price.round_to}"
@@ -126,26 +125,11 @@ def reach(price: Price, arm: Measurement | None = None) -> Sheet:
         caption += f"; MACs per millisecond of widths that are multiples of {speeds}, of the best"
     if price.whole:
         caption += f". No smaller multiple that budget.max_removal allows: {', '.join(price.whole)}, which stay whole"
+    if came:
+        caption += ". The latency reached is that share of the dense one here which was measured at the end; "
+        caption += "under a budget in milliseconds it is as measured"
     caption += "."
-    return sheet_of(caption, ("quantity", "smallest", "requested", "dense", *(("reached",) if arm else ())), rows())
-
-
-def _came_to(arm: Measurement, price: Price) -> dict[str, float]:
-    at = price.conditions
-    sizes = {form: size / 2**20 for form, size in arm.file_bytes.items()}
-    asked = any(row.quantity == "file_mib" and row.requested is not None for row in price.table)
-    found = {"macs": float(arm.macs), "params": float(arm.params), "file_mib": max(sizes.values())}
-    if at is not None and not asked:  # then the table is of the target's form alone
-        found["file_mib"] = sizes.get(at.form, found["file_mib"])
-    if at is None:
-        return found
-    time = latency_at(arm, at)
-    if time is not None:
-        found["latency_ms"] = time.p50_ms
-    for row in arm.memory:
-        if (row.form, row.batch, row.threads) == (at.form, at.batch, at.threads):
-            found["memory_mib"] = row.peak_rss_mib
-    return found
+    return sheet_of(caption, ("quantity", "smallest", "requested", "dense", *(("reached",) if came else ())), rows())
 
 
 def _quantity(name: str, figure: float | None) -> str:

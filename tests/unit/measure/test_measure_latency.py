@@ -105,7 +105,11 @@ def test_a_device_by_its_name_and_the_engines_first_are_told_once_where_they_are
 
     monkeypatch.setattr(arms, "measure_latency", timed)
     subject = {"float": Subject(tmp_path / "none.onnx")}
-    found = arms.measure_latencies({"dense": subject, "pruned": subject}, recipe=recipe).arms
+    settings = arms.settings_to_report(recipe)
+    measured = arms.measure_latencies(
+        {"dense": subject, "pruned": subject}, recipe=recipe, settings=settings, seconds=1.0
+    )
+    found = measured.arms
     assert [len(row.samples_ms) for row in found["dense"]] == [30] == [len(row.samples_ms) for row in found["pruned"]]
 
 
@@ -130,6 +134,17 @@ def test_a_measurement_is_steady_when_its_halves_agree():
         np.arange(20) % 5 == 0, 50.0, 2.0
     )  # now and then a slow round, all along: that is how it is there
     assert is_steady(spikes)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "slow", "steady"), [(50, 0.2, True), (50, 0.4, False), (1000, 0.4, True), (1000, 0.48, False)]
+)
+def test_a_measurement_is_steady_when_its_median_is_known(rounds, slow, steady):
+    """A share of slow rounds from the first to the last: both halves have the same median, whatever it is worth."""
+    count = np.arange(rounds + 1) * round(slow * rounds) // rounds
+    samples = np.where(np.diff(count) == 1, 20.0, 1.0)
+    assert samples.mean() == pytest.approx(1 + 19 * slow) and np.median(samples) == 1
+    assert is_steady(samples) is steady
 
 
 def _measurement(latency):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 from budgeted import priced, workbench
 from strategies import group_of
 
 from vpdeploy import pipeline
+from vpdeploy.measure import latency
 from vpdeploy.pricing import alignment
 from vpdeploy.pricing.alignment import MULTIPLES
 from vpdeploy.pricing.network import Network
@@ -18,8 +20,33 @@ def test_auto_takes_the_smallest_multiple_that_is_nearly_as_fast_as_the_best(tmp
     work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
     speeds = {"1": 0.4, "4": 0.96, "8": 0.98, "16": 1.0, "32": 0.99}
     monkeypatch.setattr(alignment, "speeds_of", lambda *args, **kwargs: speeds)
+    monkeypatch.setattr(alignment, "COARSE", 1.0)
     found = priced(work)
     assert found.round_to == 8 and found.alignment == speeds
+
+
+def test_no_multiple_is_taken_that_is_too_coarse_for_the_network(tmp_path, monkeypatch):
+    """The fastest is not one under which single steps are large parts of the network."""
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
+    network = Network.of(work, pipeline.grouped(work))
+    speeds = {"1": 0.4, "4": 0.7, "8": 0.8, "16": 0.9, "32": 1.0}
+    monkeypatch.setattr(alignment, "speeds_of", lambda *args, **kwargs: speeds)
+    for limit in (0.5, 0.1, 0.05, 0.03, 0.02, 0.001):
+        monkeypatch.setattr(alignment, "COARSE", limit)
+        fine = [k for k in MULTIPLES if network.typical_step(k) <= limit] or [1]
+        assert alignment.multiple_of(None, network) == (max(fine), speeds)  # type: ignore[arg-type]
+    assert fine == [1] and network.typical_step(1) > 0.001
+
+
+def test_a_step_is_typical_when_half_of_the_groups_have_it(tmp_path):
+    work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto", "max_removal": 0.6})
+    network = Network.of(work, pipeline.grouped(work))
+    (first, *_) = network.groups.prunable
+    one = replace(network, groups=replace(network.groups, groups=(first,)))
+    dense = network.cost.dense_widths
+    narrower = np.array([8, *dense[1:]], float)
+    assert first.width == 16 and one.typical_step(8) == 1 - network.cost.macs(narrower) / network.cost.macs(dense)
+    assert network.typical_step(8) > network.typical_step(4) > network.typical_step(1) > 0
 
 
 def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_path):
@@ -35,7 +62,14 @@ def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_pat
     assert [tuple(sorted(pair)) for pair in zip(below, above, strict=True)] == pairs
 
 
+def test_a_sweep_of_multiples_that_was_not_steady_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "is_steady", lambda samples: False)
+    assert priced(workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})).alignment
+    assert not [*(tmp_path / "cache").rglob("*.json")]
+
+
 def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "is_steady", lambda samples: True)
     work = workbench(tmp_path, {"macs_ratio": 0.5, "round_to": "auto"})
     first = priced(work)
     assert list(first.alignment) == ["1", "4", "8", "16", "32"] and max(first.alignment.values()) == 1

@@ -128,6 +128,10 @@ ONE_PROBLEM = [
         {"budget": {"speed": True}, "search": {"score_init": "scaled"}},
         "budget.speed: got true with search.score_init = 'scaled', which weighs nothing against time; expected 'taylor' there",
     ),
+    (
+        {"budget": {"macs_ratio": None, "latency_ms": 3.0, "speed": True}, "search": {"score_init": "taylor"}},
+        "budget.speed: got true beside budget.latency_ms, which weighs importance against time in any case; leave it out",
+    ),
     ({"target": {"batch": 0}}, "target.batch: got 0; expected at least 1"),
     (
         {"target": {"form": "uint8"}, "export": {"forms": ["float"]}},

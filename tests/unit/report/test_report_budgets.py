@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from unit.report.test_report_pages import example_report
 
+from vpdeploy.report.budget import budget_lines, came_to
 from vpdeploy.report.figures import pareto
 from vpdeploy.report.headline import headline
 from vpdeploy.report.render import render
@@ -94,13 +95,16 @@ def test_nothing_is_said_where_time_follows_the_macs():
 
 def test_what_could_be_reached_stands_beside_what_it_came_to():
     report = example_report()
-    sheet = reach(priced(alignment={"1": 0.5, "16": 1.0}), report.arms["pruned"])
+    report = replace(report, price=priced(alignment={"1": 0.5, "16": 1.0}))
+    sheet = reach(report.price, came_to(report, "pruned"))
     assert sheet.columns == ("quantity", "smallest", "requested", "dense", "reached")
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in sheet.rows}
     assert rows["MACs"] == ["10.0 M", "63.0 M", "125 M", "61.2 M"]
-    time = next(row for row in report.arms["pruned"].latency if row.conditions == AT)
+    faster = next(row for row in report.factors["pruned"].latency_p50 if row.conditions == AT)
     assert rows["latency, ms"][:3] == ["1.20", "3.10", "4.10"]
-    assert float(rows["latency, ms"][3]) == pytest.approx(time.p50_ms, rel=0.01)
+    assert float(rows["latency, ms"][3]) == pytest.approx(
+        4.1 / faster.factor, rel=0.01
+    )  # of the dense one in the table
     assert rows["memory, MiB"][3] == "–"  # not measured there
     assert "multiples of 16" in sheet.caption and "1: 0.50, 16: 1.00" in sheet.caption
     assert reach(priced()).columns == ("quantity", "smallest", "requested", "dense")
@@ -108,11 +112,46 @@ def test_what_could_be_reached_stands_beside_what_it_came_to():
 
 def test_a_file_stands_beside_what_the_table_tells_of_files():
     """Of the target's form, or of the larger one where a budget speaks of files."""
-    arm = replace(example_report().arms["pruned"], file_bytes={"float": 2**21, "uint8": 2**22})
-    for form, requested, told in (("float", None, "2.00"), ("uint8", None, "4.00"), ("float", 5.0, "4.00")):
-        price = priced(table=(Reach("file_mib", 1.0, requested, 8.0),), conditions=AT._replace(form=form))
-        ((*_, came),) = reach(price, arm).rows
-        assert came.text == told
+    report = example_report()
+    arm = replace(report.arms["pruned"], file_bytes={"float": 2**21, "uint8": 2**22})
+    for form, budget, told in (("float", "macs_ratio", 2.0), ("uint8", "macs_ratio", 4.0), ("float", "file_mib", 4.0)):
+        certificates = {"pruned": replace(report.certificates["pruned"], budget=budget)}
+        price = priced(conditions=AT._replace(form=form))
+        made = replace(report, arms={**report.arms, "pruned": arm}, certificates=certificates, price=price)
+        assert came_to(made, "pruned")["file_mib"] == told
+
+
+def timed(requested: float, **changes: object) -> Report:
+    """Of a run under a budget in time, whose pruned arm was twice as fast in the end."""
+    report = replace(with_factor(example_report(), "pruned", 2.0), price=priced())
+    budget = {"budget": "latency_ratio", "requested": requested, **changes}
+    return replace(report, certificates={"pruned": replace(report.certificates["pruned"], **budget)})
+
+
+@pytest.mark.parametrize(
+    ("requested", "verdict"),
+    [
+        (0.5, "met"),
+        (0.495, "exceeded by 1.0 %, which is less than the measurement leaves open"),
+        (0.4, "exceeded by 25.0 %"),
+    ],
+)
+def test_whether_the_budget_holds_in_the_end_is_told(requested, verdict):
+    (line,) = budget_lines(timed(requested))
+    assert line == (
+        f"pruned, latency_ratio: asked for at most {requested:g}, measured at the end 0.500 (95 % 0.490 to 0.510), uint8 form, "
+        f"batch 8, 2 threads: {verdict}."
+    )
+    assert line in render(timed(requested)).markdown.replace("\\", "") and line in render(timed(requested)).html
+
+
+def test_limits_are_told_beside_the_budget_and_what_formulas_tell_is_not():
+    limits = {"latency_ms": (3.0, 2.9), "file_mib": (9.0, 8.9)}
+    report = timed(0.5, budget="macs_ratio", limits=limits)
+    time = next(row for row in report.arms["pruned"].latency if row.conditions == AT)
+    assert came_to(report, "pruned")["latency_ms"] == time.p50_ms  # as it was asked for
+    assert [line.split(":")[0] for line in budget_lines(report)] == ["pruned, latency_ms", "pruned, file_mib"]
+    assert budget_lines(example_report()) == []
 
 
 def test_a_latency_budget_gives_the_headline():

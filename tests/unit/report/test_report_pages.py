@@ -476,6 +476,14 @@ def test_bounds_are_met_or_not_at_the_headline(report):
     assert bounds(report) == []
 
 
+def test_a_bound_tells_that_the_measurement_was_not_steady(report):
+    shaken = tuple(replace(row, steady=False) for row in report.arms["dense"].latency)
+    made = replace(report, arms={**report.arms, "dense": replace(report.arms["dense"], latency=shaken)})
+    for told, of in ((False, report), (True, made)):
+        speed, drop = bounds(of, min_speedup=1.0, max_drop=100.0)
+        assert ("not a steady measurement" in speed.line) is told and "steady" not in drop.line
+
+
 def test_what_was_not_measured_meets_no_bound(report):
     bare = replace(report, arms={name: replace(arm, latency=()) for name, arm in report.arms.items()})
     bare = replace(bare, factors={name: replace(saved, latency_p50=()) for name, saved in bare.factors.items()})
