@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vpdeploy.models.gather import ChannelGather
-from vpdeploy.surgery.layers import Integers, Loss, attributes_after
+from vpdeploy.surgery.layers import COUNTS, Integers, Loss, attributes_after
 from vpdeploy.values import Side
 
 
@@ -120,6 +120,14 @@ def test_the_numbers_that_change(name):
     for key, tensor in layer.state_dict().items():
         shape, device, values = tensors[key]
         assert (tensor.shape, tensor.device.type) == (shape, device) and torch.equal(tensor, values)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if type(CASES[name][0]()) in COUNTS and "gather" not in name])
+def test_torch_pruning_says_the_same_of_layers_that_are_only_counted(name):
+    make, losses, expected = CASES[name]
+    layer = make()
+    layer.__class__ = type("Made", (type(layer),), {})
+    assert type(layer) not in COUNTS and attributes_after(layer, losses) == expected
 
 
 RUNS = {name: case for name, case in CASES.items() if "user" not in name and "gather" not in name}
