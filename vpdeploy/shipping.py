@@ -175,9 +175,8 @@ def measure_more(work: Workbench, table: BenchTable) -> list[Latency]:
     files = {arm: {form: onnx_file(work.run, arm, form) for form in recipe.export.forms} for arm in recipe.arms}
     settings = settings_of(table)
     latencies = measure_latencies(_subjects(work, files), recipe=recipe, settings=settings, seconds=table.seconds)
-    work.ledger.begin(
-        stage, recipe
-    )  # stopped half-way, rounds of two sessions would stand side by side as if they were of one
+    # Until all is written: rounds of two sessions would stand side by side as if they were of one.
+    work.ledger.begin(stage, recipe)
     for arm, more in latencies.arms.items():
         path = measurement_file(work.run, arm)
         measured = run_folder.read_value(path, Measurement)
