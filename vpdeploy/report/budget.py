@@ -8,13 +8,6 @@ from vpdeploy.report.headline import describe, factor_at, latency_at, main_arm
 from vpdeploy.report.numbers import significant
 from vpdeploy.values import Report
 
-TOLD = (
-    "latency_ratio",
-    "latency_ms",
-    "file_mib",
-    "memory_mib",
-)  # of the rest a formula tells the same before and after
-
 
 def came_to(report: Report, arm: str) -> dict[str, float]:
     """Quantity -> what ``arm`` has. Milliseconds are the table's dense ones over the factor that was measured, as those of
@@ -47,18 +40,17 @@ def _lines(report: Report, arm: str) -> Iterator[str]:
     came, at = came_to(report, arm), None if report.price is None else report.price.conditions
     faster = factor_at(report, arm, at)
     for kind, requested in _asked(report, arm).items():
-        found, least, interval = came.get(kind), None, ""
+        found, least, interval = came.get(kind), requested, ""
         if kind == "latency_ratio" and faster is not None:
             least, most = (1 / bound for bound in reversed(faster.interval))
             found, interval = 1 / faster.factor, f" (95 % {significant(least)} to {significant(most)})"
-        if kind not in TOLD or found is None:
+        if found is None:  # not measured there, or a formula tells it before and after
             continue
-        where = "" if kind == "file_mib" or at is None else f", {describe(at)}"
         verdict = "met"
         if found > requested:
             verdict = f"exceeded by {100 * (found / requested - 1):.1f} %"
-            if least is not None and least <= requested:
-                verdict += ", which is less than the measurement leaves open"
+            verdict += ", which is less than the measurement leaves open" if interval and least <= requested else ""
+        where = "" if kind == "file_mib" or at is None else f", {describe(at)}"
         got = f"measured at the end {significant(found)}{interval}{where}"
         yield f"{arm}, {kind}: asked for at most {requested:g}, {got}: {verdict}."
 
