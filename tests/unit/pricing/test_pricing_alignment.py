@@ -47,6 +47,18 @@ def test_a_step_is_typical_when_half_of_the_groups_have_it(tmp_path):
     narrower = np.array([8, *dense[1:]], float)
     assert first.width == 16 and one.typical_step(8) == 1 - network.cost.macs(narrower) / network.cost.macs(dense)
     assert network.typical_step(8) > network.typical_step(4) > network.typical_step(1) > 0
+    places = range(len(network.groups.prunable))
+    steps = sorted(_step_of(network, place, 8) for place in places)
+    middle = (steps[(len(steps) - 1) // 2] + steps[len(steps) // 2]) / 2
+    assert network.typical_step(8) == middle < steps[-1]
+
+
+def _step_of(network: Network, place: int, round_to: int) -> float:
+    """The share of the MACs that one step of one group takes."""
+    dense = network.cost.dense_widths
+    narrower = dense.copy()
+    narrower[place] = network.allowed(network.groups.prunable[place], round_to)[-2]
+    return 1 - network.cost.macs(narrower) / network.cost.macs(dense)
 
 
 def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_path):
