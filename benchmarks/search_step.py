@@ -26,8 +26,8 @@ from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.training.compute import choose_compute
+from vpdeploy.training.methods.learned import search_step
 from vpdeploy.training.network import Compute, Prompted, build_canvas, to_pixels
-from vpdeploy.training.search import search_step
 
 SIDE, CLASSES, BOUND = 224, 1000, 0.9
 Step = Callable[[Tensor, Tensor], None]

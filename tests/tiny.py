@@ -19,8 +19,8 @@ from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.training.methods.task import SearchTask
 from vpdeploy.training.network import Compute, TrainingData
-from vpdeploy.training.search import SearchTask
 from vpdeploy.values import ChannelGroups, Dense
 
 SIZE, CANVAS, CLASSES = 8, 12, 3

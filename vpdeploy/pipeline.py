@@ -38,8 +38,9 @@ from vpdeploy.surgery.limit import Limit
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.compute import find_device
 from vpdeploy.training.fit import fit
+from vpdeploy.training.methods.registry import search
+from vpdeploy.training.methods.task import SearchTask, scores_as_arrays, with_tensors
 from vpdeploy.training.network import show
-from vpdeploy.training.search import SearchTask, scores_as_arrays, search, with_statistics
 from vpdeploy.training.tune import tune
 from vpdeploy.values import ChannelGroups, Dense, Found, Latency, Price, PrunePlan, Report
 from vpdeploy.workbench import (
@@ -158,7 +159,7 @@ def _prune(
             if points is not None:
                 continue
             cut_plan = planned(work, arm, dense, groups, selector, found)
-            pruned = Dense(cut(with_statistics(dense, found), cut_plan), found.label_map)
+            pruned = Dense(cut(with_tensors(dense, found), cut_plan), found.label_map)
             tuned(work, arm, pruned, prompt=found.prompt)
         else:
             tuned(work, arm, dense, prompt={})
@@ -251,7 +252,7 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
     fits = {group.root: (group.width,) for group in task.groups}
     statistics = {name: tensor.shape for name, tensor in task.dense.backbone.state_dict().items()}
     if {root: tuple(scores.shape) for root, scores in found.scores.items()} != fits or any(
-        statistics.get(name) != tensor.shape for name, tensor in found.norm_statistics.items()
+        statistics.get(name) != tensor.shape for name, tensor in found.tensors.items()
     ):
         raise RunFolderError(
             f"search.found: {path} is of another network; expected scores of {', '.join(list(fits)[:3])}, ..."
@@ -269,7 +270,7 @@ def planned(
     if not work.is_done(stage):
         with work.doing(stage):
             selection = settle(selector, dict(scores_as_arrays(found)), work, groups, arm=arm)
-            source = with_statistics(dense, found)
+            source = with_tensors(dense, found)
             cut_plan = plan(source, groups.prunable, selection.mask, replacements=work.built.replacements)
             smaller = cut(source, cut_plan)
             _check_budget(smaller, source, recipe=work.recipe)

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -205,6 +205,16 @@ class Journal:
             ) from e
         return state if state.get("key") == self.key else None
 
+    def part(self, number: int) -> Journal:
+        """That of one of several parts of the stage, one after the other; the first is the stage's own."""
+        if number == 0:
+            return self
+        return replace(
+            self,
+            key=f"{self.key} {number}",
+            state_file=self.state_file.with_suffix(f".{number}{self.state_file.suffix}"),
+        )
+
     def save(self, state: Mapping[str, Any], record: EpochRecord) -> None:
         import torch
 
@@ -300,17 +310,22 @@ def read_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
 
 
 def write_found(path: Path, found: Found) -> None:
-    parts = {"scores": found.scores, "prompt": found.prompt, "norm_statistics": found.norm_statistics}
+    parts = {"scores": found.scores, "prompt": found.prompt, "tensors": found.tensors}
     write_tensors(path, _packed(parts), about={"label_map": found.label_map})
 
 
 def read_found(path: Path) -> Found:
     flat, about = read_tensors(path)
     parts = _unpacked(flat)
+    if strange := parts.keys() - {"scores", "prompt", "tensors"}:
+        raise RunFolderError(
+            f"{path}: holds {', '.join(sorted(strange))}; expected scores, prompt and tensors: it is of another version of "
+            "vpdeploy, or no result of a search; search again"
+        )
     return Found(
         scores=parts.get("scores", {}),
         prompt=parts.get("prompt", {}),
-        norm_statistics=parts.get("norm_statistics", {}),
+        tensors=parts.get("tensors", {}),
         label_map=as_label_map(about.get("label_map")),
     )
 

@@ -181,15 +181,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Found:
-    """What stage 1 learned on frozen weights.
+    """What stage 1 found.
 
-    ``scores[root]``: [g] float32; ``prompt``: the prompt module's state (empty without one); ``norm_statistics``: the
-    dense network's buffers after the search, by name.
+    ``scores[root]``: [g] float32; ``prompt``: the prompt module's state (empty without one); ``tensors``: those of the dense
+    network that the search changed, by name: norm statistics, and weights where the method trains them.
     """
 
     scores: Mapping[str, torch.Tensor]
     prompt: Mapping[str, torch.Tensor]
-    norm_statistics: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     label_map: tuple[int, ...] | None = None
 
 

@@ -65,7 +65,9 @@ class Workbench:
         self.display.say(f"{stage.name} ...")
         yield
         self.ledger.finish(stage, self.recipe)
-        self.state_file(stage).unlink(missing_ok=True)
+        own = self.state_file(stage)
+        for path in (own, *own.parent.glob(f"{own.stem}.[0-9]*{own.suffix}")):  # of a stage in parts
+            path.unlink(missing_ok=True)
 
     def state_file(self, stage: Stage) -> Path:
         return self.run / "state" / f"{stage.name.replace(':', '.')}.pt"

@@ -146,7 +146,7 @@ def test_found_comes_back_bit_for_bit(data, tmp_path_factory):
     write_found(path, found)
     back = read_found(path)
     assert same(back.label_map, found.label_map)
-    for before, after in zip(parts, (back.scores, back.prompt, back.norm_statistics), strict=True):
+    for before, after in zip(parts, (back.scores, back.prompt, back.tensors), strict=True):
         assert before.keys() == after.keys()
         assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
 

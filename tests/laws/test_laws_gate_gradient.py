@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.training.methods.learned import search_step
 from vpdeploy.training.network import Prompted, build_canvas
-from vpdeploy.training.search import search_step
 from vpdeploy.values import ChannelGroup, ChannelMask
 
 CHANNELS, SIDE = 6, 5

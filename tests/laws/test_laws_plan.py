@@ -22,7 +22,8 @@ from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
 from vpdeploy.surgery.plan_check import check_plan
 from vpdeploy.training.fit import fit
-from vpdeploy.training.search import search, with_statistics
+from vpdeploy.training.methods.registry import search
+from vpdeploy.training.methods.task import with_tensors
 from vpdeploy.training.tune import tune
 from vpdeploy.values import ChannelMask, Dense, Found, PrunePlan, Tuned
 
@@ -54,7 +55,7 @@ def test_replay_on_the_source_and_what_was_found_gives_the_same_bits(tmp_path):
     groups = tiny.groups_of(source).prunable
     mask = ChannelMask({group.root: tuple(i % 3 > 0 for i in range(group.width)) for group in groups})
     made = plan(moved, groups, mask)
-    replayed = cut(with_statistics(Dense(source), found), load(PrunePlan, dump(made), where="plan.json"))
+    replayed = cut(with_tensors(Dense(source), found), load(PrunePlan, dump(made), where="plan.json"))
     assert tiny.snapshot(replayed) == tiny.snapshot(cut(moved, made))
 
 
@@ -172,7 +173,7 @@ def test_training_and_baking_leave_the_network_as_it_was(tmp_path):
         task, data, recipe=recipe, compute=tiny.COMPUTE, journal=tiny.journal(tmp_path, "search"), display=tiny.QUIET
     )
     assert tiny.snapshot(network) == before
-    with_statistics(task.dense, found)
+    with_tensors(task.dense, found)
     assert tiny.snapshot(network) == before
     prompt = {name: tensor.clone() for name, tensor in found.prompt.items()}
     tuned = tune(

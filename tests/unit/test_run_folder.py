@@ -172,7 +172,7 @@ def test_found_comes_back_bit_for_bit(tmp_path, label_map):
     run_folder.write_found(path, found)
     again = run_folder.read_found(path)
     assert again.label_map == label_map
-    for part in ("scores", "prompt", "norm_statistics"):
+    for part in ("scores", "prompt", "tensors"):
         before, after = getattr(found, part), getattr(again, part)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

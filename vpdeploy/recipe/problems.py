@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
-from vpdeploy.recipe.tables import BUDGETS, CHECKPOINT_SUFFIXES, ModelTable, PixelsTable, Recipe, Table
+from vpdeploy.recipe.tables import BUDGETS, CHECKPOINT_SUFFIXES, METHOD_KEYS, ModelTable, PixelsTable, Recipe, Table
 
 # What follows from several keys: those keys, dotted, and what is to be told.
 Problem = tuple[tuple[str, ...], str]
@@ -169,6 +169,7 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
         )
     if recipe.fit.what == "none" and not recipe.model.weights:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
+    yield from _search_problems(recipe)
     yield from _bench_problem(recipe)
 
 
@@ -191,11 +192,15 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
             ("target.form", "export.forms"),
             f"target.form: got {target.form!r}, which is not exported; expected one of export.forms ({forms})",
         )
-    if budget.speed and recipe.search.score_init != "taylor":
+    key, weighs = (
+        ("score_init", "'taylor'") if "score_init" in METHOD_KEYS[recipe.search.method] else ("per_cost", "true")
+    )
+    got = getattr(recipe.search, key)
+    if budget.speed and got not in ("taylor", True):
         yield (
-            ("budget.speed", "search.score_init"),
-            f"budget.speed: got true with search.score_init = {recipe.search.score_init!r}, which weighs nothing against time; "
-            "expected 'taylor' there",
+            ("budget.speed", f"search.{key}"),
+            f"budget.speed: got true with search.{key} = {_toml(got)}, which weighs nothing against time; expected {weighs} "
+            "there",
         )
     if budget.speed and "latency_ms" in quantities:
         yield (
@@ -215,6 +220,30 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
             ("target.engine", "target.precision"),
             f"target.precision: got {target.precision!r} for {target.engine!r}; expected 'fp32': it runs what the file holds",
         )
+
+
+def _search_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Keys that the method does not read, and rounds that have no epoch."""
+    table = recipe.search
+    for key, info in type(table).model_fields.items():
+        value = getattr(table, key)
+        if key in ("method", "found") or key in METHOD_KEYS[table.method] or value == info.default:
+            continue
+        users = ", ".join(method for method, keys in METHOD_KEYS.items() if key in keys)
+        yield (
+            ("search.method", f"search.{key}"),
+            f"search.{key}: got {_toml(value)} for search.method = {table.method!r}, which does not read it; leave it out, or "
+            f"take one of {users}",
+        )
+    if table.method == "lth" and table.rounds > table.epochs:
+        yield (
+            ("search.rounds", "search.epochs"),
+            f"search.rounds: got {table.rounds} with search.epochs = {table.epochs}; expected at most as many: each round trains",
+        )
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _bench_problem(recipe: Recipe) -> Iterator[Problem]:

@@ -183,14 +183,77 @@ class FitTable(Table):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
 
 
-class SearchTable(Table):
-    """Stage 1: scores and prompt, on frozen weights."""
+Method = Literal[
+    "vpns",
+    "hydra",
+    "random",
+    "magnitude",
+    "taylor",
+    "snip",
+    "grasp",
+    "synflow",
+    "slim",
+    "group_sl",
+    "bip",
+    "omp",
+    "lth",
+]
+_PROMPT = frozenset({"epochs", "batch_size", "prompt_lr"})
+_LEARNED = frozenset({"epochs", "batch_size", "score_lr", "score_init"})
+_TRAINED = _PROMPT | {"weight_lr"}
+# What each method reads of [search], beside the prompt's part: any other key must be left at its default.
+METHOD_KEYS: dict[str, frozenset[str]] = {
+    "vpns": _LEARNED | {"prompt_lr", "unprompted_step"},
+    "hydra": _LEARNED,
+    "random": _PROMPT,
+    "magnitude": _PROMPT | {"norm", "rounds", "per_cost"},
+    "taylor": _PROMPT | {"rounds", "per_cost"},
+    "snip": _PROMPT | {"rounds", "per_cost"},
+    "grasp": _PROMPT | {"rounds"},
+    "synflow": _PROMPT | {"rounds", "per_cost"},
+    "slim": _TRAINED | {"strength", "per_cost"},
+    "group_sl": _TRAINED | {"strength", "per_cost"},
+    "bip": _TRAINED | {"strength", "score_lr"},
+    "omp": _TRAINED | {"norm", "per_cost"},
+    "lth": _TRAINED | {"norm", "rounds", "per_cost"},
+}
 
-    method: Literal["vpns"] = Field(default="vpns", description="with prompt.pixels.kind none it is the HYDRA baseline")
-    epochs: Count = Field(default=5, description="passes over the training split")
+
+class SearchTable(Table):
+    """Stage 1: which channels matter, and the prompt that goes with them."""
+
+    method: Method = Field(
+        default="vpns",
+        description="vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights: slim, group_sl, bip, omp, lth (docs/methods.md)",
+    )
+    epochs: Count = Field(
+        default=5,
+        description="passes over the training split; of methods that look once, for the prompt alone: without one, none",
+    )
     batch_size: Count = Field(default=128, description="images per step")
-    score_lr: Positive = Field(default=0.05, description="Adam, cosine decay")
-    prompt_lr: Positive = Field(default=1e-3, description="Adam, cosine decay; in [0, 1] pixel units")
+    score_lr: Positive = Field(default=0.05, description="vpns, hydra, bip: Adam, cosine decay")
+    prompt_lr: Positive = Field(
+        default=1e-3, description="cosine decay, in [0, 1] pixel units; Adam, but SGD for slim, group_sl, omp and lth"
+    )
+    weight_lr: Positive = Field(
+        default=0.01, description="slim, group_sl, bip, omp, lth: SGD with momentum 0.9, cosine decay"
+    )
+    strength: Positive | None = Field(
+        default=None,
+        description="slim, group_sl: of the penalty (1e-5, 5e-4); bip: 1 / gamma, of the weights' answer (1e-4); absent: what the authors took",
+    )
+    norm: Literal["scaled", "l1", "l2", "group"] = Field(
+        default="scaled",
+        description="magnitude, omp, lth: L2 norms of slices, each over its tensor's mean; norms of all of a group's weights; DepGraph's group norm",
+    )
+    rounds: Count = Field(
+        default=1,
+        description="magnitude, taylor, snip, grasp, synflow, lth: how often scores are taken, each time of what the mask so far leaves",
+    )
+    per_cost: bool = Field(
+        default=False,
+        description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign)",
+    )
     score_init: Literal["scaled", "taylor", "random"] = Field(
         default="scaled",
         description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)",

@@ -16,11 +16,10 @@ from torch import nn
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import read_history
-from vpdeploy.training import search as search_module
-from vpdeploy.training import weights as weights_module
+from vpdeploy.training import loop
 from vpdeploy.training.fit import fit
-from vpdeploy.training.network import set_learning_rates
-from vpdeploy.training.search import search
+from vpdeploy.training.methods.registry import search
+from vpdeploy.training.network import to_pixels
 from vpdeploy.training.tune import tune
 
 EPOCHS, STEPS = 3, 4  # 28 images in batches of 8
@@ -60,7 +59,7 @@ def run_search(folder: Path, settled: Recipe) -> Bits:
         display=Display(quiet=True),
     )  # fmt: skip
     mapped = {} if found.label_map is None else {"label_map": torch.tensor(found.label_map)}
-    return bits(dict(found.scores), dict(found.prompt), dict(found.norm_statistics), mapped)
+    return bits(dict(found.scores), dict(found.prompt), dict(found.tensors), mapped)
 
 
 def run_tune(folder: Path, settled: Recipe) -> Bits:
@@ -81,6 +80,11 @@ CASES: dict[str, tuple[Run, dict[str, Any]]] = {
     "search, from the loss": (run_search, {"search.score_init": "taylor"}),
     "search, no prompt": (run_search, {"prompt.pixels.kind": "none"}),
     "search, map once": (run_search, {"model.head": "flm", "model.weights": "source.th"}),
+    "slim": (run_search, {"search.method": "slim"}),
+    "group_sl": (run_search, {"search.method": "group_sl"}),
+    "bip": (run_search, {"search.method": "bip"}),
+    "omp, no prompt": (run_search, {"search.method": "omp", "prompt.pixels.kind": "none"}),
+    "random, with a prompt": (run_search, {"search.method": "random"}),
     "search, map every epoch": (run_search, {"model.head": "ilm", "model.weights": "source.th"}),
     "tune, sgd": (run_tune, {}),
     "tune, adamw, moving square": (run_tune, {"tune.optimizer": "adamw", "prompt.pixels.kind": "random"}),
@@ -92,18 +96,17 @@ CASES: dict[str, tuple[Run, dict[str, Any]]] = {
 
 @contextmanager
 def steps_counted(monkeypatch: pytest.MonkeyPatch, *, until: int | None) -> Iterator[list[int]]:
-    """Count the steps of both loops; the power goes as step number ``until`` begins."""
+    """Count the steps; the power goes as step number ``until`` begins."""
     taken = [0]
 
-    def counted(*args: Any, **values: Any) -> None:
+    def counted(*args: Any) -> torch.Tensor:
         if taken[0] == until:
             raise PowerCut
         taken[0] += 1
-        set_learning_rates(*args, **values)
+        return to_pixels(*args)
 
     with monkeypatch.context() as patch:
-        for module in (search_module, weights_module):
-            patch.setattr(module, "set_learning_rates", counted)
+        patch.setattr(loop, "to_pixels", counted)
         yield taken
 
 

@@ -21,11 +21,15 @@ from vpdeploy.scoring import straight_through
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import prices
 from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
-from vpdeploy.training import search as module
+from vpdeploy.training import loop
+from vpdeploy.training.methods import learned as module
+from vpdeploy.training.methods.criteria import LOOKING
+from vpdeploy.training.methods.learned import search_step
+from vpdeploy.training.methods.registry import search
+from vpdeploy.training.methods.task import SearchTask, with_tensors
 from vpdeploy.training.network import Compute, build_canvas
-from vpdeploy.training.search import SearchTask, search, search_step, with_statistics
 from vpdeploy.training.streams import stream
-from vpdeploy.values import Found
+from vpdeploy.values import Dense, Found
 
 
 def recipe(**values: Any) -> Recipe:
@@ -53,8 +57,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     seen = Watched()
     make, step, mask = module._learner, module.search_step, straight_through.select_row
 
-    def learner(*args: Any) -> Any:
-        made = make(*args)
+    def learner(*args: Any, **values: Any) -> Any:
+        made = make(*args, **values)
         seen.learner = made
         before: list[Tensor] = []
 
@@ -89,7 +93,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
 
 def same(first: Found, second: Found) -> bool:
     """Equal in every bit."""
-    parts = [(f.scores, f.prompt, f.norm_statistics) for f in (first, second)]
+    parts = [(f.scores, f.prompt, f.tensors) for f in (first, second)]
     return first.label_map == second.label_map and all(
         set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(*parts, strict=True)
     )
@@ -117,20 +121,20 @@ def test_scores_prompt_and_statistics_move_and_weights_do_not(watched: Watched, 
         ("top", "bottom", "left", "right"), True
     )
     buffers = {name for name, _ in backbone.named_buffers()}
-    assert set(found.norm_statistics) == buffers
+    assert set(found.tensors) == buffers
     for name, old in backbone.named_buffers():
-        assert not torch.equal(found.norm_statistics[name], old), name
+        assert not torch.equal(found.tensors[name], old), name
     steps = settled.search.epochs * 4  # 28 images in batches of 8
-    assert found.norm_statistics["norm1.num_batches_tracked"] == steps == len(watched.prompted)
+    assert found.tensors["norm1.num_batches_tracked"] == steps == len(watched.prompted)
 
 
-def test_with_statistics_is_the_dense_network_with_the_searchs_norms(tmp_path: Path) -> None:
+def test_with_tensors_is_the_dense_network_with_the_searchs_norms(tmp_path: Path) -> None:
     settled, backbone = recipe(), tiny.network()
     task = tiny.task(backbone, settled)
     found = searched(task, tmp_path, settled)
-    source = with_statistics(task.dense, found)
+    source = with_tensors(task.dense, found)
     state = source.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in found.norm_statistics.items())
+    assert all(torch.equal(state[name], value) for name, value in found.tensors.items())
     assert all(torch.equal(state[name], value) for name, value in backbone.named_parameters())
     assert not source.training
 
@@ -172,7 +176,7 @@ def test_taylor_scores_start_from_the_loss_of_the_dense_network(watched: Watched
     order = torch.randperm(len(data), generator=stream(settled.seed, "search", 0, "taylor"))
     canvas = build_canvas(settled, prompted=False)
     assert data.pixels is not None
-    for part in order.split(module.TAYLOR_BATCH):
+    for part in order.split(LOOKING["taylor"].batch):
         loss = F.cross_entropy(network(canvas(data.pixels[part] / 255)), data.labels[part])
         for norm, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
             squares[norm] += gradient.square()
@@ -253,7 +257,7 @@ def test_straight_through_forward_is_the_mask_and_backward_the_gates_gradient() 
 def test_one_steps_loss_is_that_of_the_masked_network() -> None:
     settled = recipe()
     task = tiny.task(tiny.network(), settled)
-    learner = module._learner(task, settled, tiny.COMPUTE)
+    learner = module._learner(task, tiny.data(), settled, tiny.COMPUTE, frozen=False)
     network, scores = learner.network.eval(), learner.scores
     images, labels = torch.rand(4, 3, tiny.SIZE, tiny.SIZE), torch.tensor([0, 1, 2, 0])
     loss = search_step(network, scores, task.selector, images, labels)
@@ -268,7 +272,7 @@ def test_one_steps_loss_is_that_of_the_masked_network() -> None:
 
 def test_accuracy_is_that_of_the_masked_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Tensor] = []
-    monkeypatch.setattr(module, "accuracy", lambda network, images, gates: given.append(gates) or 0.5)
+    monkeypatch.setattr(loop, "accuracy", lambda network, images, gates: given.append(gates) or 0.5)
     settled = recipe()
     task = tiny.task(tiny.network(), settled)
     found = searched(task, tmp_path, settled)
@@ -318,7 +322,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     with torch.no_grad():
         backbone.get_submodule("linear").get_parameter("bias").fill_(float("nan"))
     task = tiny.task(tiny.network(), settled)
-    poisoned = SearchTask(module.Dense(backbone), task.groups, task.selector, prompted=True)
+    poisoned = SearchTask(Dense(backbone), task.groups, task.selector, prompted=True)
     with pytest.raises(VpdeployError) as error:
         searched(poisoned, tmp_path, settled)
     assert str(error.value) == (

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vpdeploy.training.loop import training_batches
 from vpdeploy.training.network import build_canvas, restart_prompt
 from vpdeploy.training.streams import derive, seeded, stream
-from vpdeploy.training.weights import training_batches
 
 PARTS = st.tuples(st.integers(0, 2**31), st.lists(st.one_of(st.text(max_size=4), st.integers(0, 99)), max_size=4))
 PURPOSES = ("order", "augment", "prompt", "global", "scores")

@@ -17,9 +17,10 @@ from torch import nn
 
 from vpdeploy.errors import VpdeployError
 from vpdeploy.run_folder import read_history
-from vpdeploy.training import weights
+from vpdeploy.training import loop, weights
+from vpdeploy.training.loop import images_per_epoch, training_batches
 from vpdeploy.training.network import Prompted, TrainingData, build_canvas, set_learning_rates
-from vpdeploy.training.weights import WeightSchedule, freeze_all_but, images_per_epoch, train_weights, training_batches
+from vpdeploy.training.weights import WeightSchedule, freeze_all_but, train_weights
 
 Groups = list[dict[str, Any]]
 
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_the_last_state_stays(tmp_path
 
 
 def test_finite_gives_the_loss_back() -> None:
-    assert weights.finite(2.5, "") == 2.5
+    assert loop._finite(2.5, "") == 2.5
     for loss in (float("inf"), float("-inf"), float("nan")):
         with pytest.raises(VpdeployError, match=f"the loss became {loss}; .*try a smaller step"):
-            weights.finite(loss, "a smaller step")
+            loop._finite(loss, "a smaller step")

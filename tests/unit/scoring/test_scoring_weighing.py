@@ -1,4 +1,4 @@
-"""Taylor importance by hand: squares of gate gradients, for what a channel costs, as ranks."""
+"""What channels cost, and importances weighed against it, by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from strategies import group_of
 
-from vpdeploy.scoring.criteria.taylor import taylor
 from vpdeploy.scoring.select import Selector, build_selector, prices
+from vpdeploy.scoring.weighing import for_cost, ranked
 from vpdeploy.surgery.cost import CostModel, Sum
 
 GROUPS = (group_of("a", 2, unit=5), group_of("b", 3, unit=5))
@@ -33,19 +33,15 @@ def test_the_price_of_a_channel_is_what_its_removal_saves(budget, expected):
     assert prices(selector(budget)).tolist() == expected
 
 
-def test_scores_are_ranks_of_mean_squares_over_prices():
-    # Mean squares 34, 17 and 10, 40, 0; over the prices 34 and 20: 1, 0.5 and 0.5, 2, 0. Equal ones keep their order.
-    gradients = [torch.tensor([8.0, 5.0, 4.0, 8.0, 0.0]), torch.tensor([2.0, 3.0, 2.0, 4.0, 0.0])]
-    found = taylor(iter(gradients), GROUPS, selector=selector("macs_ratio"))
+def test_importances_are_divided_by_prices_and_ranked():
+    # 34, 17 and 10, 40, 0, over the prices 34 and 20: 1, 0.5 and 0.5, 2, 0. Equal ones keep their order.
+    scores = {"a": torch.tensor([34.0, 17.0]), "b": torch.tensor([10.0, 40.0, 0.0])}
+    weighed = for_cost(scores, GROUPS, selector("macs_ratio"))
+    assert weighed["a"].tolist() == pytest.approx([1, 0.5]) and weighed["b"].tolist() == pytest.approx([0.5, 2, 0])
+    found = ranked(weighed, GROUPS)
     assert found["a"].tolist() == pytest.approx([1.6, 0.8])
     assert found["b"].tolist() == pytest.approx([1.2, 2.0, 0.4])
     assert found["a"].dtype == torch.float32
-
-
-def test_gradients_of_opposite_sign_do_not_cancel():
-    gradients = [torch.tensor([3.0, 1.0, 0.0, 0.0, 0.0]), torch.tensor([-3.0, 1.0, 0.0, 0.0, 0.0])]
-    found = taylor(gradients, GROUPS, selector=selector("channel_ratio"))
-    assert found["a"][0] == 2 and found["a"][0] > found["a"][1]
 
 
 def test_importance_is_weighed_against_milliseconds_under_a_budget_of_them():

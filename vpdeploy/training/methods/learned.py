@@ -1,0 +1,169 @@
+"""Scores and prompt, learned together on frozen weights (VPNs, arXiv:2312.01397, on dependency groups)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vpdeploy.data.prepared import Images
+from vpdeploy.progress import Display
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.run_folder import Journal
+from vpdeploy.scoring.criteria.magnitude import magnitude
+from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
+from vpdeploy.scoring.weighing import for_cost, ranked
+from vpdeploy.surgery.gates import Gated
+from vpdeploy.training.fit import label_map_of, map_by_frequency
+from vpdeploy.training.loop import Course, train
+from vpdeploy.training.methods.criteria import importance
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of
+from vpdeploy.training.network import (
+    Compute,
+    Prompted,
+    TrainingData,
+    build_canvas,
+    set_learning_rates,
+)
+from vpdeploy.values import Found
+
+Initial = Callable[[Prompted, Images], Tensor]  # a network with open gates, and images -> [channels of all groups]
+
+
+def vpns(
+    task: SearchTask, data: TrainingData, *, recipe: Recipe, compute: Compute, journal: Journal, display: Display
+) -> Found:
+    """Learn one score per channel, and the prompt, so that the best mask under the budget keeps accuracy.
+
+    Weights are frozen and get no gradient; every gate of a group shares the group's mask, recomputed under the budget after
+    every step; norm statistics follow. Without a prompt this is HYDRA (arXiv:2002.10509) on groups.
+    """
+
+    def initial(network: Prompted, images: Images) -> Tensor:
+        if recipe.search.score_init == "scaled":
+            return as_row(magnitude(task.dense.backbone, task.groups), task)
+        scores = importance(recipe.search.score_init, network, task, images, recipe=recipe)
+        if recipe.search.score_init == "taylor":
+            scores = ranked(for_cost(scores, task.groups, task.selector), task.groups)
+        return as_row(scores, task)
+
+    return learn(
+        task, data, recipe=recipe, compute=compute, journal=journal, display=display, initial=initial, frozen=False
+    )
+
+
+def learn(
+    task: SearchTask,
+    data: TrainingData,
+    *,
+    recipe: Recipe,
+    compute: Compute,
+    journal: Journal,
+    display: Display,
+    initial: Initial,
+    frozen: bool,
+) -> Found:
+    """As ``vpns``, from ``initial`` scores. ``frozen``: these stay, and the prompt alone learns, under their mask; without a
+    prompt nothing does.
+    """
+    table = recipe.search
+    learner = _learner(task, data, recipe, compute, frozen=frozen)
+    network = learner.network
+    if journal.resume() is None:
+        learner.scores.data.copy_(initial(network, data.train))
+        if recipe.model.head in ("flm", "ilm"):
+            learner.map_labels()
+    course = Course(
+        streams="search",
+        seed=recipe.seed,
+        epochs=table.epochs if task.prompted or not frozen else 0,
+        batch_size=table.batch_size,
+        augment=recipe.data.augment,
+        remedy="a smaller search.score_lr or search.prompt_lr",
+        label="search ",
+    )
+    train(learner, data, course=course, journal=journal, display=display)
+    gated = network.backbone
+    assert isinstance(gated, Gated)
+    return found_of(learner.scores, network, gated.backbone, task)
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What a search trains: ``scores`` [channels of all groups] and the prompt of ``network``, by ``optimizer``."""
+
+    network: Prompted
+    scores: Tensor
+    optimizer: torch.optim.Optimizer
+    selector: Selector
+    data: TrainingData
+    recipe: Recipe
+
+    def gates(self) -> Tensor:
+        """The hard mask of the scores as they are, as gate values without gradient: [channels]."""
+        return hard_mask(self.selector, self.scores).to(self.scores.dtype)
+
+    def map_labels(self) -> None:
+        self.network.map_labels(map_by_frequency(self.network, self.data, self.gates()))
+
+    def begin_epoch(self, epoch: int) -> None:
+        if self.recipe.model.head == "ilm" and epoch > 0:
+            self.map_labels()
+
+    def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
+        """The loss is that of the prompted step."""
+        table = self.recipe.search
+        set_learning_rates(self.optimizer, peaks=(table.score_lr, table.prompt_lr), done=done)
+        loss = self._step(images, labels, prompted=True)
+        if table.unprompted_step and self.network.canvas.prompt is not None and self.scores.requires_grad:
+            self._step(images, labels, prompted=False)
+        return loss
+
+    def _step(self, images: Tensor, labels: Tensor, *, prompted: bool) -> Tensor:
+        loss = search_step(self.network, self.scores, self.selector, images, labels, prompted=prompted)
+        self.optimizer.zero_grad(set_to_none=True)  # None, not 0: Adam then leaves an unused prompt alone
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    def values(self) -> tuple[Tensor, ...]:
+        return (self.gates(),)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scores": self.scores.detach(),
+            "label_map": label_map_of(self.network),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scores.data.copy_(state["scores"])
+        self.network.map_labels(state["label_map"])
+
+
+def _learner(task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, frozen: bool) -> _Learner:
+    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
+    canvas = build_canvas(recipe, prompted=task.prompted)
+    network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
+    total = sum(group.width for group in task.groups)
+    scores = torch.zeros(total, device=compute.device, requires_grad=not frozen)
+    prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
+    optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
+    return _Learner(network, scores, optimizer, task.selector, data, recipe)
+
+
+def search_step(
+    network: Prompted, scores: Tensor, selector: Selector, images: Tensor, labels: Tensor, *, prompted: bool = True
+) -> Tensor:
+    """The loss of one batch under the hard mask of the scores as they are; its backward reaches scores and prompt alone."""
+    gates = StraightThrough.apply(scores, hard_mask(selector, scores))
+    return F.cross_entropy(network(images, gates, prompted=prompted), labels)

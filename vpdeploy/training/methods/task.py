@@ -1,0 +1,102 @@
+"""What every search method is given, and how it leaves what it found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.progress import Display
+from vpdeploy.recipe.tables import Recipe
+from vpdeploy.run_folder import Journal
+from vpdeploy.scoring.select import Selector
+from vpdeploy.surgery.groups import offsets
+from vpdeploy.training.fit import label_map_of
+from vpdeploy.training.network import Compute, Prompted, TrainingData, prompt_state
+from vpdeploy.training.weights import WeightSchedule
+from vpdeploy.values import ChannelGroup, Dense, Found
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """What a search looks at: the dense network, its prunable groups (the columns of ``selector``), and the arm's prompt."""
+
+    dense: Dense
+    groups: Sequence[ChannelGroup]
+    selector: Selector
+    prompted: bool
+
+
+class Method(Protocol):
+    """Finds the scores of ``task`` from training data. ``task.dense`` is unchanged. Raises: VpdeployError when the loss is not
+    finite.
+    """
+
+    def __call__(
+        self,
+        task: SearchTask,
+        data: TrainingData,
+        *,
+        recipe: Recipe,
+        compute: Compute,
+        journal: Journal,
+        display: Display,
+    ) -> Found: ...
+
+
+def schedule_of(recipe: Recipe, *, weight_decay: float, epochs: int | None = None, turn: int = 0) -> WeightSchedule:
+    """How a search trains weights, in its round ``turn``."""
+    table = recipe.search
+    return WeightSchedule(
+        streams=f"search {turn}" if turn else "search",
+        seed=recipe.seed,
+        epochs=table.epochs if epochs is None else epochs,
+        batch_size=table.batch_size,
+        optimizer="sgd",
+        weight_lr=table.weight_lr,
+        prompt_lr=table.prompt_lr,
+        weight_decay=weight_decay,
+        label_smoothing=0.0,
+        augment=recipe.data.augment,
+    )
+
+
+def as_row(scores: Mapping[str, Tensor], task: SearchTask) -> Tensor:
+    """Root -> [g] as one row in the order of the groups: [channels of all groups], float32."""
+    return torch.cat([torch.zeros(0), *(scores[group.root].float() for group in task.groups)])
+
+
+def found_of(scores: Tensor, network: Prompted, backbone: nn.Module, task: SearchTask) -> Found:
+    """scores: [channels of all groups]; ``backbone``: what ``network`` made of the dense one."""
+    places, row = offsets(task.groups), scores.detach().to("cpu", torch.float32)
+    return Found(
+        scores={group.root: row[places[group.root]].clone() for group in task.groups},
+        prompt=prompt_state(network.canvas),
+        tensors=_changed(backbone, task.dense.backbone),
+        label_map=label_map_of(network),
+    )
+
+
+def _changed(backbone: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``backbone`` that are not those of ``dense``, by name."""
+    before = dense.state_dict()
+    after = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in after.items() if not torch.equal(tensor, before[name].cpu())}
+
+
+def with_tensors(dense: Dense, found: Found) -> nn.Module:
+    """The dense backbone with the tensors that the search left: what a plan is replayed on."""
+    backbone = copy.deepcopy(dense.backbone)
+    state = backbone.state_dict()
+    backbone.load_state_dict({**state, **found.tensors})
+    return backbone
+
+
+def scores_as_arrays(found: Found) -> Iterator[tuple[str, np.ndarray]]:
+    for root, scores in found.scores.items():
+        yield root, scores.double().numpy()
