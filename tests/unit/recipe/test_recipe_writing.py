@@ -81,7 +81,7 @@ def other(key: str, value: object) -> object:
     if isinstance(value, int):
         return value + 1
     if isinstance(value, float):
-        return (value + 0.01) / 2
+        return (value + 0.013) / 2
     if isinstance(value, list):
         return [other("", item) for item in value]
     return {

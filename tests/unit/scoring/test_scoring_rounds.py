@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -44,7 +46,7 @@ def test_each_round_looks_at_what_the_last_one_left(rounds):
     row = in_rounds(scores_under, of, rounds=rounds, channels=CHANNELS)
     masks.append(hard_mask(of, row))
     assert len(masks) == rounds + 1
-    for turn, (before, after) in enumerate(zip(masks, masks[1:], strict=False)):
+    for turn, (before, after) in enumerate(pairwise(masks)):
         assert bool((before | ~after).all())  # nothing comes back
         assert cost(of, after) <= 0.3 ** ((turn + 1) / rounds) * (1 + 1e-9)
     assert len({int(mask.sum()) for mask in masks}) > 2
