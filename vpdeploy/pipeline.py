@@ -160,9 +160,9 @@ def _prune(
                 continue
             cut_plan = planned(work, arm, dense, groups, selector, found)
             pruned = Dense(cut(with_tensors(dense, found), cut_plan), found.label_map)
-            tuned(work, arm, pruned, prompt=found.prompt)
+            tuned(work, arm, pruned, prompt=found.prompt, dense=dense)
         else:
-            tuned(work, arm, dense, prompt={})
+            tuned(work, arm, dense, prompt={}, dense=dense)
 
 
 # --- the stages of prune ------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> No
         )
 
 
-def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tensor]) -> None:
+def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tensor], dense: Dense) -> None:
     """Stage 2: weights and prompt of one arm, on the same schedule as every other arm."""
     stage, ships = Stage("tune", arm), work.recipe.prompt.pixels.stages != "search"
     if not work.is_done(stage):
@@ -317,6 +317,7 @@ def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tenso
                 start.backbone,
                 work.training_data(),
                 prompt=prompt if arm in ("pruned", "dense+prompt") and ships else None,
+                dense=dense,
                 label_map=start.label_map,
                 recipe=work.recipe,
                 compute=work.compute(),

@@ -373,6 +373,13 @@ class TuneTable(Table):
     prompt_lr: Positive = Field(default=0.02, description="cosine decay; in [0, 1] pixel units")
     weight_decay: NonNegative = Field(default=5e-4, description="not on prompt, norms and biases")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
+    distill: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="share of the loss that compares with the dense network's outputs, before it was pruned; the rest compares with the labels",
+    )
+    temperature: Positive = Field(
+        default=2.0, description="that both networks' outputs are divided by where they are compared"
+    )
     batch_size: Count = Field(default=128, description="images per step")
 
 

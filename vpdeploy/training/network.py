@@ -57,16 +57,17 @@ class Prompted(nn.Module):
     def map_labels(self, label_map: Sequence[int] | None) -> None:
         self.label_map = None if label_map is None else torch.tensor(label_map, device=self.compute.device)
 
-    def forward(self, images: Tensor, *values: Tensor, prompted: bool = True) -> Tensor:
-        source = self.source_logits(images, *values, prompted=prompted)
+    def forward(self, images: Tensor, *values: Tensor, prompted: bool = True, fast: bool = False) -> Tensor:
+        """fast: in the precision of training, whatever the mode."""
+        source = self.source_logits(images, *values, prompted=prompted, fast=fast)
         return source if self.label_map is None else source[:, self.label_map]
 
-    def source_logits(self, images: Tensor, *values: Tensor, prompted: bool = True) -> Tensor:
+    def source_logits(self, images: Tensor, *values: Tensor, prompted: bool = True, fast: bool = False) -> Tensor:
         """Before the label map: [n, source classes]."""
         x = self.canvas.normalise(self.canvas.place(images, prompted=prompted))
         if self.compute.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        fast = self.compute.bf16 and self.training  # evaluation is float32
+        fast = self.compute.bf16 and (self.training or fast)  # evaluation is float32
         with torch.autocast(self.compute.device.type, dtype=torch.bfloat16, enabled=fast):
             out = self.backbone(x, *values)
         return out.float()

@@ -12,8 +12,8 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.training.fit import at_rest
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
-from vpdeploy.training.weights import WeightSchedule, train_weights
-from vpdeploy.values import Tuned
+from vpdeploy.training.weights import Teacher, WeightSchedule, train_weights
+from vpdeploy.values import Dense, Tuned
 
 
 def tune(
@@ -21,6 +21,7 @@ def tune(
     data: TrainingData,
     *,
     prompt: Mapping[str, Tensor] | None,
+    dense: Dense,
     label_map: Sequence[int] | None,
     recipe: Recipe,
     compute: Compute,
@@ -28,6 +29,7 @@ def tune(
     display: Display,
 ) -> Tuned:
     """Train a copy of ``backbone``, already cut. prompt: its state to start from, empty to start from zero, None for none.
+    dense: what ``tune.distill`` compares with, without a prompt.
 
     Raises: VpdeployError when the loss is not finite.
     """
@@ -48,5 +50,14 @@ def tune(
         label_smoothing=table.label_smoothing,
         augment=recipe.data.augment,
     )
-    train_weights(network, data, schedule=schedule, journal=journal, display=display)
+    teacher = None
+    if table.distill > 0:
+        canvas_alone = build_canvas(recipe, prompted=False)
+        at_rest_too = copy.deepcopy(dense.backbone).requires_grad_(False)
+        teacher = Teacher(
+            Prompted(canvas_alone, at_rest_too, compute, label_map=dense.label_map).eval(),
+            table.distill,
+            table.temperature,
+        )
+    train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher)
     return Tuned(at_rest(network.backbone), prompt_state(canvas), None if label_map is None else tuple(label_map))

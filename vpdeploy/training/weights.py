@@ -32,6 +32,22 @@ class WeightSchedule:
     augment: str
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A network at rest whose outputs others learn to give (Hinton et al., arXiv:1503.02531)."""
+
+    network: Prompted
+    share: float
+    temperature: float
+
+    def divergence(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Kullback-Leibler, of both softened by the temperature T, times T^2: its gradient keeps its size whatever T is."""
+        with torch.no_grad():
+            mine = self.network(images, fast=True) / self.temperature
+        other = F.log_softmax(logits / self.temperature, dim=1)
+        return F.kl_div(other, F.log_softmax(mine, dim=1), reduction="batchmean", log_target=True) * self.temperature**2
+
+
 def train_weights(
     network: Prompted,
     data: TrainingData,
@@ -41,10 +57,12 @@ def train_weights(
     display: Display,
     gates: tuple[Tensor, ...] = (),
     before_step: Callable[[], None] | None = None,
+    teacher: Teacher | None = None,
 ) -> Prompted:
     """Train whatever of ``network`` requires a gradient, in place, and return it in eval mode. It goes on where it stopped.
 
     gates: values that a gated backbone takes. before_step: is called when gradients are there and nothing has moved yet.
+    teacher: whose outputs take part in the loss.
     Raises: VpdeployError when the loss is not finite.
     """
     course = Course(
@@ -55,7 +73,7 @@ def train_weights(
         augment=schedule.augment,
         remedy="a smaller weight_lr",
     )
-    learner = _Weights(network, schedule, _optimizer(network, schedule), gates, before_step)
+    learner = _Weights(network, schedule, _optimizer(network, schedule), gates, before_step, teacher)
     train(learner, data, course=course, journal=journal, display=display)
     return network.eval()
 
@@ -67,6 +85,7 @@ class _Weights:
     optimizer: torch.optim.Optimizer
     gates: tuple[Tensor, ...]
     before_step: Callable[[], None] | None
+    teacher: Teacher | None
 
     def begin_epoch(self, epoch: int) -> None:
         pass
@@ -76,6 +95,8 @@ class _Weights:
         set_learning_rates(self.optimizer, peaks=peaks, done=done)
         logits = self.network(images, *self.gates)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.schedule.label_smoothing)
+        if self.teacher is not None:
+            loss = self.teacher.share * self.teacher.divergence(logits, images) + (1 - self.teacher.share) * loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.before_step is not None:

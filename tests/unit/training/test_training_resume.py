@@ -21,6 +21,7 @@ from vpdeploy.training.fit import fit
 from vpdeploy.training.methods.registry import search
 from vpdeploy.training.network import to_pixels
 from vpdeploy.training.tune import tune
+from vpdeploy.values import Dense
 
 EPOCHS, STEPS = 3, 4  # 28 images in batches of 8
 Bits = dict[str, bytes]
@@ -65,7 +66,8 @@ def run_search(folder: Path, settled: Recipe) -> Bits:
 def run_tune(folder: Path, settled: Recipe) -> Bits:
     label_map = (3, 4, 5) if settled.model.head in ("flm", "ilm") else None
     tuned = tune(
-        backbone(settled), tiny.data(), prompt={}, label_map=label_map, recipe=settled, compute=tiny.COMPUTE,
+        backbone(settled), tiny.data(), prompt={}, dense=Dense(backbone(settled), label_map), label_map=label_map, recipe=settled,
+        compute=tiny.COMPUTE,
         journal=tiny.journal(folder), display=Display(quiet=True),
     )  # fmt: skip
     return bits(tuned.backbone.state_dict(), dict(tuned.prompt))
@@ -87,6 +89,7 @@ CASES: dict[str, tuple[Run, dict[str, Any]]] = {
     "random, with a prompt": (run_search, {"search.method": "random"}),
     "search, map every epoch": (run_search, {"model.head": "ilm", "model.weights": "source.th"}),
     "tune, sgd": (run_tune, {}),
+    "tune, distilled": (run_tune, {"tune.distill": 0.5}),
     "tune, adamw, moving square": (run_tune, {"tune.optimizer": "adamw", "prompt.pixels.kind": "random"}),
     "tune, mapped, smoothed": (
         run_tune, {"model.head": "flm", "model.weights": "source.th", "tune.label_smoothing": 0.1},

@@ -16,7 +16,8 @@ from vpdeploy.surgery.plan import plan
 from vpdeploy.training import tune as module
 from vpdeploy.training.network import Compute, Prompted, build_canvas, prompt_state
 from vpdeploy.training.tune import tune
-from vpdeploy.values import ChannelMask, Tuned
+from vpdeploy.training.weights import Teacher
+from vpdeploy.values import ChannelMask, Dense, Tuned
 
 
 def recipe(**values: Any) -> Recipe:
@@ -32,9 +33,11 @@ def tuned(
     settled: Recipe | None = None,
     label_map: tuple[int, ...] | None = None,
     compute: Compute = tiny.COMPUTE,
+    dense: nn.Module | None = None,
 ) -> Tuned:
     return tune(
-        backbone, tiny.data(), prompt=prompt, label_map=label_map, recipe=settled or recipe(), compute=compute,
+        backbone, tiny.data(), prompt=prompt, dense=Dense(dense or backbone, label_map), label_map=label_map,
+        recipe=settled or recipe(), compute=compute,
         journal=tiny.journal(folder), display=tiny.QUIET,
     )  # fmt: skip
 
@@ -164,3 +167,52 @@ class FrameReader(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x[:, :, 0].mean((1, 2))[:, None])
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def teacher(network: nn.Module, *, temperature: float = 2.0, share: float = 0.5) -> Teacher:
+    return Teacher(Prompted(build_canvas(recipe(), prompted=False), network, tiny.COMPUTE).eval(), share, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_the_divergence_is_that_of_softened_outputs(temperature: float) -> None:
+    images = torch.rand(4, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(0))
+    of = teacher(tiny.network(), temperature=temperature)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    found = of.divergence(logits, images)
+    p = (of.network(images).detach() / temperature).softmax(dim=1).double()
+    q = (logits.detach() / temperature).softmax(dim=1).double()
+    assert float(found.detach()) == pytest.approx(float((p * (p / q).log()).sum() / 4) * temperature**2, rel=1e-4)
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert torch.allclose(gradient, (temperature * (q - p) / 4).float(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_network_does_not_differ_from_itself() -> None:
+    of, images = teacher(tiny.network()), torch.rand(4, 3, tiny.SIZE, tiny.SIZE)
+    assert abs(float(of.divergence(of.network(images).detach(), images))) < 1e-6
+
+
+def test_distilled_weights_come_nearer_to_the_dense_outputs(tmp_path: Path) -> None:
+    """Labels alone, and the dense network alone: what each is nearer to."""
+    dense = tiny.network(seed=3)
+    with torch.no_grad():
+        dense.get_submodule("linear").get_parameter("bias").copy_(torch.tensor([2.0, 0, -2]))  # as no label says
+    before = tiny.snapshot(dense)
+    canvas, pixels = build_canvas(recipe(), prompted=False), tiny.data().train.pixels
+    assert pixels is not None
+    x = canvas(pixels / 255)
+    distance = {}
+    for share in (0.0, 1.0):
+        settled = recipe(tune__distill=share, tune__epochs=6, tune__weight_lr=0.05)
+        result = tuned(pruned(tiny.network()), tmp_path / str(share), settled=settled, dense=dense)
+        with torch.no_grad():
+            distance[share] = float((result.backbone(x).softmax(1) - dense(x).softmax(1)).abs().mean())
+    assert distance[1.0] < 0.7 * distance[0.0]
+    assert tiny.snapshot(dense) == before
+
+
+def test_a_share_of_nothing_asks_no_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Teacher, "divergence", lambda *_: pytest.fail("it was asked"))
+    tuned(tiny.network(), tmp_path, settled=recipe(tune__distill=0.0, tune__temperature=7.0))
