@@ -65,16 +65,11 @@ class Workbench:
         self.display.say(f"{stage.name} ...")
         yield
         self.ledger.finish(stage, self.recipe)
-        own = self.state_file(stage)
-        for path in (own, *own.parent.glob(f"{own.stem}.[0-9]*{own.suffix}")):  # of a stage in parts
-            path.unlink(missing_ok=True)
-
-    def state_file(self, stage: Stage) -> Path:
-        return self.run / "state" / f"{stage.name.replace(':', '.')}.pt"
+        _drop_state(self.run, stage.name)
 
     def journal(self, stage: Stage) -> Journal:
         key = self.ledger.key(stage, self.recipe)
-        journal = Journal(stage.name, key, self.state_file(stage), self.run / "history.jsonl")
+        journal = Journal(stage.name, key, _state_file(self.run, stage.name), self.run / "history.jsonl")
         if journal.resume() is None:
             run_folder.drop_history(journal.history_file, stage.name)
         return journal
@@ -107,7 +102,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     recipe = _settle(recipe, built)
     if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
         for name in ledger.forget(redo, recipe):
-            (run / "state" / f"{name.replace(':', '.')}.pt").unlink(missing_ok=True)
+            _drop_state(run, name)
     run_folder.write_bytes(run / "recipe.toml", dump_recipe(recipe).encode())
     return Workbench(
         run=run,
@@ -119,6 +114,17 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         training_data=cache(lambda: _training_data(source, recipe, run=run, display=display)),
         compute=cache(lambda: choose_compute(built.backbone, recipe=recipe)),
     )
+
+
+def _state_file(run: Path, stage: str) -> Path:
+    return run / "state" / f"{stage.replace(':', '.')}.pt"
+
+
+def _drop_state(run: Path, stage: str) -> None:
+    """Of all the stage's parts."""
+    own = _state_file(run, stage)
+    for path in (own, *own.parent.glob(f"{own.stem}.[0-9]*{own.suffix}")):
+        path.unlink(missing_ok=True)
 
 
 def _ledger(recipe: Recipe, source: DataSource, *, run: Path, display: Display) -> Ledger:

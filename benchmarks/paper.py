@@ -1,0 +1,406 @@
+"""The paper's comparison: a grid of methods, budgets and seeds from a TOML file, run by run, in one tidy table.
+
+    uv run python benchmarks/paper.py run GRID.toml -o OUT [--only vpns,random] [--minutes 8] [--jobs 2] [--test]
+    uv run python benchmarks/paper.py table OUT [--against vpns]
+
+A grid holds ``epochs`` (of search and tuning together, the same for every method), ``seeds``, ``[budgets]``, a ``[recipe]`` that
+all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Runs that are done are skipped; one that was cut off goes
+on after its last epoch; no run begins after ``--minutes``. ``--jobs``: how many runs at once, each with its share of the cores.
+The dense network is trained once for each seed and shared. Without ``--test`` the test split is not opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vpdeploy.data.prepared import Images
+    from vpdeploy.recipe.tables import Recipe
+    from vpdeploy.values import Tuned
+    from vpdeploy.workbench import Workbench
+
+ONCE = ("random", "magnitude", "taylor", "snip", "grasp", "synflow")  # methods that search without epochs
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    method: str
+    budget: str
+    ratio: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.budget}-{self.ratio:g}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run gave. Accuracies are fractions; ``top1_cut``: before tuning; ``top1_test``: nan while test is closed.
+
+    ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of every layer that writes one (as the
+    paper's code does). ``cpu_minutes``: of search and tuning, all threads; ``steps``: gradient steps of both.
+    """
+
+    method: str
+    budget: str
+    ratio: float
+    seed: int
+    macs_ratio: float
+    params_ratio: float
+    channel_ratio: float
+    layer_ratio: float
+    top1_dense_val: float
+    top1_cut_val: float
+    top1_val: float
+    top1_dense_test: float
+    top1_test: float
+    epochs_search: int
+    epochs_tune: int
+    steps: int
+    cpu_minutes_search: float
+    cpu_minutes_tune: float
+    wall_minutes: float
+    threads: int
+    machine: str
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text())
+
+
+def cells(grid: Mapping[str, Any], *, only: Sequence[str] = ()) -> Iterator[Cell]:
+    """Seed by seed, so that a grid that is cut off has whole seeds."""
+    for seed in grid["seeds"]:
+        for budget, ratios in grid["budgets"].items():
+            for ratio in ratios:
+                for method in grid["methods"]:
+                    if not only or method in only:
+                        yield Cell(method, budget, float(ratio), int(seed))
+
+
+def raw_recipe(grid: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """The recipe of one run, as a file would hold it."""
+    raw = json.loads(json.dumps(grid["recipe"]))
+    given = dict(grid["methods"][cell.method])
+    searches = 0 if given.get("search.method", "vpns") in ONCE else given.get("search.epochs", 5)
+    given.setdefault("tune.epochs", grid["epochs"] - searches)
+    for key, value in {**given, "seed": cell.seed, f"budget.{cell.budget}": cell.ratio}.items():
+        *path, last = key.split(".")
+        table = raw
+        for part in path:
+            table = table.setdefault(part, {})
+        table[last] = value
+    raw.setdefault("compare", {}).setdefault("arms", ["dense", "pruned"])
+    return raw
+
+
+def folder_of(cell: Cell, out: Path) -> Path:
+    return out / "runs" / cell.name
+
+
+def make_dense(grid_file: Path, cell: Cell, out: Path) -> Path:
+    """The folder of the dense network of ``cell.seed``, from which its runs start: groups and fit are done there."""
+    from vpdeploy import pipeline
+    from vpdeploy.progress import Display
+    from vpdeploy.workbench import open_workbench
+
+    folder = out / "dense" / str(cell.seed)
+    work = open_workbench(recipe_of(grid_file, cell), folder, redo=None, display=Display())
+    pipeline.grouped(work)
+    pipeline.fitted(work)
+    return folder
+
+
+def recipe_of(grid_file: Path, cell: Cell) -> Recipe:
+    from vpdeploy.recipe.reading import parse_recipe
+
+    return parse_recipe(raw_recipe(read_grid(grid_file), cell), where=grid_file.name, folder=grid_file.parent)
+
+
+def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
+    """One run, from the shared dense network to a row."""
+    import torch
+
+    from vpdeploy import pipeline
+    from vpdeploy.measure.environment import environment
+    from vpdeploy.measure.macs import count_macs
+    from vpdeploy.pricing.price import selector_for
+    from vpdeploy.progress import Display
+    from vpdeploy.surgery.cut import cut
+    from vpdeploy.training.methods.task import with_tensors
+    from vpdeploy.values import Dense, Tuned
+    from vpdeploy.workbench import open_workbench, read_tuned
+
+    recipe, folder = recipe_of(grid_file, cell), folder_of(cell, out)
+    if not folder.exists():
+        partial = folder.with_suffix(".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(out / "dense" / str(cell.seed), partial, ignore=shutil.ignore_patterns("*.lock", "state"))
+        partial.rename(folder)
+    began = time.perf_counter()
+    work = open_workbench(recipe, folder, redo=None, display=Display())
+    groups = pipeline.grouped(work)
+    selector = selector_for(work, groups, pipeline.priced(work, groups))
+    dense = pipeline.fitted(work)
+    work.training_data()  # so that no stage's time is that of reading images
+    clock = [time.process_time()]
+    found = pipeline.searched(work, "pruned", dense, groups, selector)
+    clock.append(time.process_time())
+    plan = pipeline.planned(work, "pruned", dense, groups, selector, found)
+    smaller = Dense(cut(with_tensors(dense, found), plan), found.label_map)
+    clock.append(time.process_time())
+    pipeline.tuned(work, "pruned", smaller, prompt=found.prompt, dense=dense)
+    clock.append(time.process_time())
+    result = read_tuned(work, "pruned")
+    untuned, plain = Tuned(smaller.backbone, found.prompt, found.label_map), Tuned(dense.backbone, {}, dense.label_map)
+    macs, whole = (count_macs(net, canvas_size=recipe.input.canvas).macs for net in (result.backbone, dense.backbone))
+    widths = np.array(list(plan.widths.values()))  # [groups, (dense, kept)]
+    count, table = len(work.training_data().train), recipe.search
+    searches = sum(line["stage"] == "search:pruned" for line in _history(folder))
+    twice = table.method == "bip" or (table.unprompted_step and bool(found.prompt))
+    val = work.training_data().val
+    tests = _test_images(work) if test else None
+    return Row(
+        method=cell.method,
+        budget=cell.budget,
+        ratio=cell.ratio,
+        seed=cell.seed,
+        macs_ratio=macs / whole,
+        params_ratio=_ratio(result.backbone, dense.backbone, lambda net: sum(p.numel() for p in net.parameters())),
+        channel_ratio=float(widths[:, 1].sum() / widths[:, 0].sum()),
+        layer_ratio=_ratio(
+            result.backbone,
+            dense.backbone,
+            lambda net: sum(m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)),
+        ),
+        top1_dense_val=_top1(plain, val, work),
+        top1_cut_val=_top1(untuned, val, work),
+        top1_val=_top1(result, val, work),
+        top1_dense_test=math.nan if tests is None else _top1(plain, tests, work),
+        top1_test=math.nan if tests is None else _top1(result, tests, work),
+        epochs_search=searches,
+        epochs_tune=recipe.tune.epochs,
+        steps=searches * math.ceil(count / table.batch_size) * (1 + twice)
+        + recipe.tune.epochs * math.ceil(count / recipe.tune.batch_size),
+        cpu_minutes_search=(clock[1] - clock[0]) / 60,
+        cpu_minutes_tune=(clock[3] - clock[2]) / 60,
+        wall_minutes=(time.perf_counter() - began) / 60,
+        threads=torch.get_num_threads(),
+        machine=f"{environment()['machine']['cpu']}, torch {torch.__version__}",
+    )
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _ratio(pruned: Any, dense: Any, count: Callable[[Any], int]) -> float:
+    return count(pruned) / count(dense)
+
+
+def _top1(of: Tuned, images: Images, work: Workbench) -> float:
+    from vpdeploy.training.evaluate import accuracy
+    from vpdeploy.training.network import Prompted, build_canvas
+
+    canvas = build_canvas(work.recipe, prompted=bool(of.prompt))
+    if canvas.prompt is not None:
+        canvas.prompt.load_state_dict(of.prompt)
+    return accuracy(Prompted(canvas, of.backbone, work.compute(), label_map=of.label_map).eval(), images)
+
+
+def _test_images(work: Workbench) -> Images:
+    from vpdeploy.data.prepared import prepare
+
+    table, workers = work.recipe.data, work.recipe.compute.workers
+    assert isinstance(workers, int)
+    return prepare(
+        work.source.test, work.recipe.input, max_bad=table.on_bad_image, workers=workers, display=work.display,
+        label="test images",
+    )  # fmt: skip
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def run_grid(grid_file: Path, out: Path, *, only: Sequence[str], minutes: float, jobs: int, test: bool) -> bool:
+    """Run what is not done, ``jobs`` at once, until ``minutes`` are over. Whether all is done now."""
+    began = time.monotonic()
+    left = [cell for cell in cells(read_grid(grid_file), only=only) if not row_file(cell, out, test=test).exists()]
+    running: dict[subprocess.Popen[bytes], Cell] = {}
+    failed: list[Cell] = []
+    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    threads = str(max(1, (cores or 1) // jobs))
+    while left or running:
+        for process in [process for process in running if process.poll() is not None]:
+            cell = running.pop(process)
+            print(f"{cell.name}: {'done' if process.returncode == 0 else f'failed ({process.returncode})'}", flush=True)
+            failed += [cell] if process.returncode else []
+        in_time = time.monotonic() - began < 60 * minutes
+        while left and len(running) < jobs and in_time:
+            cell = left[0]
+            if not (out / "dense" / str(cell.seed) / "source.safetensors").exists():
+                if running:
+                    break  # its cores would be shared
+                make_dense(grid_file, cell, out)
+            left.pop(0)
+            folder_of(cell, out).parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "cell", str(grid_file), "-o", str(out), "--name", cell.name]
+            log = (out / "runs" / f"{cell.name}.log").open("ab")
+            running[
+                subprocess.Popen(
+                    [*command, *(["--test"] if test else [])],
+                    env={**os.environ, "OMP_NUM_THREADS": threads},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            ] = cell
+        if not in_time and not running:
+            break
+        time.sleep(0.5)
+    for cell in (*left, *failed):
+        print(f"{cell.name}: not run")
+    return not left and not failed
+
+
+def row_file(cell: Cell, out: Path, *, test: bool) -> Path:
+    return out / "rows" / ("test" if test else "val") / f"{cell.name}.json"
+
+
+def write_row(row: Row, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(asdict(row), indent=1))
+    partial.rename(path)
+
+
+def read_rows(out: Path, *, test: bool) -> list[Row]:
+    return [
+        Row(**json.loads(path.read_text()))
+        for path in sorted((out / "rows" / ("test" if test else "val")).glob("*.json"))
+    ]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None:
+    """Mean and deviation over seeds, mean rank, and paired differences to ``against`` with 95 % intervals (Student's t)."""
+    top1 = (lambda row: row.top1_test) if test else (lambda row: row.top1_val)
+    points = sorted({(row.budget, row.ratio) for row in rows}, key=lambda point: (point[0], -point[1]))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    by = {(row.method, row.budget, row.ratio, row.seed): row for row in rows}
+    ranks: dict[str, list[float]] = {method: [] for method in methods}
+    for budget, ratio in points:
+        print(f"\n{budget} = {ratio:g}\n")
+        print(
+            "| method | seeds | top-1 | before tuning | MACs ratio | channel ratio | CPU minutes |"
+            + (f" against {against} |" if against else "")
+        )
+        print("|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if against else ""))
+        means = {}
+        for method in methods:
+            own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
+            if not own:
+                continue
+            values = 100 * np.array([top1(row) for row in own])
+            means[method] = values.mean()
+            cells_ = [
+                method,
+                str(len(own)),
+                f"{values.mean():.2f} ± {values.std(ddof=1) if len(own) > 1 else 0:.2f}",
+                f"{100 * np.mean([row.top1_cut_val for row in own]):.1f}",
+                f"{np.mean([row.macs_ratio for row in own]):.3f}",
+                f"{np.mean([row.channel_ratio for row in own]):.3f}",
+                f"{np.mean([row.cpu_minutes_search + row.cpu_minutes_tune for row in own]):.1f}",
+            ]
+            if against:
+                pairs = [
+                    100 * (top1(row) - top1(other))
+                    for row in own
+                    if (other := by.get((against, budget, ratio, row.seed))) is not None
+                ]
+                cells_.append(difference(pairs) if method != against else "–")
+            print(f"| {' | '.join(cells_)} |")
+        for method, rank in zip(means, ranked([-value for value in means.values()]), strict=True):
+            ranks[method].append(rank)
+    print("\n| method | mean rank |\n|---|---:|")
+    for method in sorted((m for m in methods if ranks[m]), key=lambda m: np.mean(ranks[m])):
+        print(f"| {method} | {np.mean(ranks[method]):.2f} |")
+
+
+def ranked(values: Sequence[float]) -> list[float]:
+    """Places from 1, the least first; equal ones share the mean of theirs."""
+    return [
+        1 + sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2
+        for value in values
+    ]
+
+
+def difference(pairs: Sequence[float]) -> str:
+    if len(pairs) < 2:
+        return f"{pairs[0]:+.2f}" if pairs else "–"
+    from scipy import stats
+
+    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+    return f"{np.mean(pairs):+.2f} ({np.mean(pairs) - half:+.2f} to {np.mean(pairs) + half:+.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "cell"):
+        command = commands.add_parser(name)
+        command.add_argument("grid", type=Path)
+        command.add_argument("-o", "--out", type=Path, required=True)
+        command.add_argument("--test", action="store_true", help="open the test split")
+        if name == "run":
+            command.add_argument("--only", type=lambda text: text.split(","), default=[])
+            command.add_argument("--minutes", type=float, default=8.0)
+            command.add_argument("--jobs", type=int, default=1)
+        else:
+            command.add_argument("--name", required=True)
+    command = commands.add_parser("table")
+    command.add_argument("out", type=Path)
+    command.add_argument("--against")
+    command.add_argument("--test", action="store_true")
+    args = parser.parse_args()
+    if args.command == "table":
+        rows = read_rows(args.out, test=args.test)
+        write_csv(rows, args.out / "results.csv")
+        print_table(rows, against=args.against, test=args.test)
+    elif args.command == "cell":
+        (cell,) = [cell for cell in cells(read_grid(args.grid)) if cell.name == args.name]
+        write_row(run_cell(args.grid, cell, args.out, test=args.test), row_file(cell, args.out, test=args.test))
+    else:
+        whole = run_grid(args.grid, args.out, only=args.only, minutes=args.minutes, jobs=args.jobs, test=args.test)
+        sys.exit(0 if whole else 1)
+
+
+if __name__ == "__main__":
+    main()
