@@ -8,12 +8,14 @@ dense+prompt skip search and cut; everything else they share.
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vpdeploy import run_folder
@@ -28,13 +30,15 @@ from vpdeploy.recipe.reading import bench_table
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.select_weights import WeightSelector, weight_selector
 from vpdeploy.shipping import export_arms, measure_arms, measure_more, unsteady
 from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
-from vpdeploy.surgery.certificate import certify, enough_images
+from vpdeploy.surgery.certificate import certify, certify_weights, enough_images
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.limit import Limit
+from vpdeploy.surgery.masked_weights import parts_of, set_to_zero, weight_shapes
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.compute import find_device
 from vpdeploy.training.fit import fit
@@ -42,12 +46,13 @@ from vpdeploy.training.methods.registry import search
 from vpdeploy.training.methods.task import SearchTask, scores_as_arrays, with_tensors
 from vpdeploy.training.network import show
 from vpdeploy.training.tune import tune
-from vpdeploy.values import ChannelGroups, Dense, Found, Latency, Price, PrunePlan, Report
+from vpdeploy.values import ChannelGroups, ChannelMask, Dense, Found, Latency, Price, PrunePlan, Report
 from vpdeploy.workbench import (
     Workbench,
     note_environment,
     open_workbench,
     read_dense,
+    read_mask,
     write_dense,
     write_tuned,
 )
@@ -148,10 +153,7 @@ def _prune(
         note_environment(folder, command)  # of what trained, not of whoever looks again
     groups = grouped(work)
     # A network that cannot be exported and an unreachable budget end here, before any training.
-    found_price = priced(work, groups)
-    selector = selector_for(work, groups, found_price)
-    for point in points or ():
-        check_reachable(work, groups, found_price, point.budget)
+    selector = _selector(work, groups, points or ())
     dense = fitted(work)
     for arm in work.recipe.arms:
         if arm.startswith("pruned"):
@@ -159,10 +161,24 @@ def _prune(
             if points is not None:
                 continue
             cut_plan = planned(work, arm, dense, groups, selector, found)
-            pruned = Dense(cut(with_tensors(dense, found), cut_plan), found.label_map)
-            tuned(work, arm, pruned, prompt=found.prompt, dense=dense)
+            mask = read_mask(work, arm)
+            smaller = set_to_zero(cut(with_tensors(dense, found), cut_plan), mask)
+            tuned(work, arm, Dense(smaller, found.label_map), prompt=found.prompt, dense=dense, mask=mask)
         else:
-            tuned(work, arm, dense, prompt={}, dense=dense)
+            tuned(work, arm, dense, prompt={}, dense=dense, mask={})
+
+
+def _selector(work: Workbench, groups: ChannelGroups, points: Sequence[Recipe]) -> Selector | WeightSelector:
+    """What masks the recipe's budget allows. Raises: BudgetError when it, or that of one of ``points``, allows none."""
+    recipe = work.recipe
+    if recipe.search.granularity != "channel":
+        shapes = weight_shapes(work.built.backbone)
+        return weight_selector(shapes, ratio=recipe.budget.requested, granularity=recipe.search.granularity)
+    found_price = priced(work, groups)
+    selector = selector_for(work, groups, found_price)
+    for point in points:
+        check_reachable(work, groups, found_price, point.budget)
+    return selector
 
 
 # --- the stages of prune ------------------------------------------------------------------------------------------------
@@ -216,7 +232,9 @@ def fitted(work: Workbench) -> Dense:
     return read_dense(work)
 
 
-def searched(work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector) -> Found:
+def searched(
+    work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector | WeightSelector
+) -> Found:
     """Stage 1: scores, prompt, label map and norm statistics, on frozen weights."""
     stage, path = Stage("search", arm), arm_file(work.run, "found.safetensors", arm)
     if not work.is_done(stage):
@@ -249,7 +267,7 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
             f"search.found: no such file {path}; expected what the search of arm {arm!r} left in a run folder"
         )
     found = run_folder.read_found(path)
-    fits = {group.root: (group.width,) for group in task.groups}
+    fits = {name: tuple(shape) for name, shape in task.units.items()}
     statistics = {name: tensor.shape for name, tensor in task.dense.backbone.state_dict().items()}
     if {root: tuple(scores.shape) for root, scores in found.scores.items()} != fits or any(
         statistics.get(name) != tensor.shape for name, tensor in found.tensors.items()
@@ -263,12 +281,22 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
 
 
 def planned(
-    work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector, found: Found
+    work: Workbench,
+    arm: str,
+    dense: Dense,
+    groups: ChannelGroups,
+    selector: Selector | WeightSelector,
+    found: Found,
 ) -> PrunePlan:
-    """Scores -> mask -> plan, and the certificate that masking and removal are the same on the real network."""
+    """Scores -> mask -> plan, and the certificate that masking and removal are the same on the real network. Of single weights
+    the plan is to cut nothing, and the mask stands beside it.
+    """
     stage, path = Stage("cut", arm), arm_file(work.run, "plan.json", arm)
     if not work.is_done(stage):
         with work.doing(stage):
+            if isinstance(selector, WeightSelector):
+                _zeroed(work, arm, dense, groups, selector, found)
+                return run_folder.read_value(path, PrunePlan)
             selection = settle(selector, dict(scores_as_arrays(found)), work, groups, arm=arm)
             source = with_tensors(dense, found)
             cut_plan = plan(source, groups.prunable, selection.mask, replacements=work.built.replacements)
@@ -287,6 +315,25 @@ def planned(
             run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
             run_folder.write_value(path, cut_plan)
     return run_folder.read_value(path, PrunePlan)
+
+
+def _zeroed(
+    work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: WeightSelector, found: Found
+) -> None:
+    """Write the mask of single weights, the certificate that the zeros do what it does, and a plan that cuts nothing."""
+    source = with_tensors(dense, found)
+    row = torch.cat([found.scores[name].flatten() for name in selector.shapes])
+    kept = torch.from_numpy(selector.select_row(row.numpy()))
+    mask = parts_of(kept, weight_shapes(source))
+    zeroed = set_to_zero(copy.deepcopy(source), mask)
+    count = enough_images(count_macs(source, canvas_size=work.recipe.input.canvas).macs, at_most=CERTIFICATE_IMAGES)
+    images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
+    certificate = certify_weights(source, zeroed, groups, kept, requested=selector.ratio, canvas=images)
+    certificate = replace(certificate, replacements=work.built.replacements)
+    nothing = plan(source, groups.prunable, ChannelMask({}), replacements=work.built.replacements)
+    run_folder.write_tensors(arm_file(work.run, "mask.safetensors", arm), mask)
+    run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
+    run_folder.write_value(arm_file(work.run, "plan.json", arm), nothing)
 
 
 def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> None:
@@ -308,7 +355,15 @@ def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> No
         )
 
 
-def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tensor], dense: Dense) -> None:
+def tuned(
+    work: Workbench,
+    arm: str,
+    start: Dense,
+    *,
+    prompt: Mapping[str, Tensor],
+    dense: Dense,
+    mask: Mapping[str, Tensor],
+) -> None:
     """Stage 2: weights and prompt of one arm, on the same schedule as every other arm."""
     stage, ships = Stage("tune", arm), work.recipe.prompt.pixels.stages != "search"
     if not work.is_done(stage):
@@ -318,6 +373,7 @@ def tuned(work: Workbench, arm: str, start: Dense, *, prompt: Mapping[str, Tenso
                 work.training_data(),
                 prompt=prompt if arm in ("pruned", "dense+prompt") and ships else None,
                 dense=dense,
+                mask=mask,
                 label_map=start.label_map,
                 recipe=work.recipe,
                 compute=work.compute(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from vpdeploy import run_folder
 from vpdeploy.data.raw import raw_batches, some_images
 from vpdeploy.data.resize import resize
 from vpdeploy.deploy.bake import Deployable, bake
-from vpdeploy.deploy.onnx_file import Core, to_onnx
+from vpdeploy.deploy.onnx_file import Core, count_zeros, to_onnx
 from vpdeploy.deploy.package import write_package
 from vpdeploy.deploy.parity import check_parity
 from vpdeploy.deploy.session import describe
@@ -32,6 +34,7 @@ from vpdeploy.measure.settings import settings_of
 from vpdeploy.measure.statistics import wilson
 from vpdeploy.recipe.tables import BenchTable, Recipe
 from vpdeploy.stages import Stage, arm_file, measurement_file, measuring_machine_file, onnx_file, skipped_file
+from vpdeploy.surgery.masked_weights import weight_shapes
 from vpdeploy.values import Certificate, Latency, Measurement, Parities, Parity
 from vpdeploy.workbench import Workbench, read_tuned
 
@@ -83,6 +86,7 @@ def _export_arm(work: Workbench, arm: str) -> dict[str, Vectors]:
         core = to_onnx(deployable, path, opset=recipe.export.opset, metadata=about, core=core)
         if arm.startswith("pruned"):
             _check_size(path, recipe)
+            _check_zeros(path, deployable.backbone, recipe)
         parity, vectors[path.name] = check_parity(deployable, path, images=images, vector_bytes=share)
         parities.append(parity)
         work.display.say(f"{path.name}: torch and ONNX Runtime agree to {parity.relative_error:.1e}")
@@ -99,6 +103,20 @@ def _check_size(path: Path, recipe: Recipe) -> None:
         raise BudgetError(
             f"{path}: has {size:.4f} MiB, more than file_mib = {asked:g}: it holds what the formula does not know; set a smaller "
             "file_mib, and please report the network"
+        )
+
+
+def _check_zeros(path: Path, backbone: nn.Module, recipe: Recipe) -> None:
+    """Raises: ParityError when weights that were set to 0 are not 0 in the file."""
+    if recipe.search.granularity == "channel":
+        return
+    weights = dict(backbone.named_parameters())
+    expected = sum(int((weights[name] == 0).sum()) for name in weight_shapes(backbone))
+    found = count_zeros(path)
+    if found < expected:
+        raise ParityError(
+            f"{path}: has {found} zeros, and the network's weights {expected}; expected as many: the exporter changed weights; "
+            "please report the network"
         )
 
 
@@ -159,11 +177,17 @@ def measure_arms(work: Workbench) -> None:
                 latency=latencies.arms[arm],
                 memory=measure_memories(forms, recipe=recipe),
                 layers=layers_of(network, measure_layers(forms, recipe=recipe), counted.by_module),
+                compressed_bytes=_compressed(forms) if recipe.search.granularity != "channel" else {},
             )
             run_folder.write_value(measurement_file(work.run, arm), measurement)
         buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}
         run_folder.write_arrays(work.run / "predictions.npz", buffer)
         run_folder.write_json(measuring_machine_file(work.run), {**environment(), "engines": latencies.engines})
+
+
+def _compressed(forms: Mapping[str, Path]) -> dict[str, int]:
+    """What gzip makes of each file: zeros cost nothing to store."""
+    return {form: len(gzip.compress(path.read_bytes(), mtime=0)) for form, path in forms.items()}
 
 
 def measure_more(work: Workbench, table: BenchTable) -> list[Latency]:

@@ -251,7 +251,11 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
         "price": [run / "price.json"],
         "fit": [run / "source.safetensors"],
         "search": [arm_file(run, "found.safetensors", arm)],
-        "cut": [arm_file(run, "certificate.json", arm), arm_file(run, "plan.json", arm)],
+        "cut": [
+            arm_file(run, "certificate.json", arm),
+            arm_file(run, "plan.json", arm),
+            *([] if recipe.search.granularity == "channel" else [arm_file(run, "mask.safetensors", arm)]),
+        ],
         "tune": [run / f"{arm}.safetensors"],
     }[stage.kind]
 

@@ -337,6 +337,9 @@ class Measurement:
     latency: tuple[Latency, ...]
     memory: tuple[Memory, ...]
     layers: tuple[Layer, ...] = ()
+    compressed_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # form -> bytes by gzip, where weights were set to 0
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,13 @@ def read_tuned(work: Workbench, arm: str) -> Tuned:
     return Tuned(_filled(skeleton, state), prompt, run_folder.as_label_map(about["label_map"]))
 
 
+def read_mask(work: Workbench, arm: str) -> dict[str, torch.Tensor]:
+    """Which weights of a pruned arm are kept, by name; empty where channels were cut."""
+    if work.recipe.search.granularity == "channel":
+        return {}
+    return run_folder.read_tensors(arm_file(work.run, "mask.safetensors", arm))[0]
+
+
 def _filled(skeleton: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     backbone = copy.deepcopy(skeleton)
     backbone.load_state_dict(state)

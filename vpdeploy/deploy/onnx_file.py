@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from vpdeploy.deploy.bake import Deployable, Resize
@@ -54,6 +55,12 @@ def to_onnx(
     onnx.checker.check_model(model, full_check=True)
     write_bytes(path, model.SerializeToString())
     return core
+
+
+def count_zeros(path: Path) -> int:
+    """Entries that are 0 in the float constants of two axes or more: weights that were set to 0, as they ship."""
+    arrays = (numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer)
+    return sum(int((array == 0).sum()) for array in arrays if array.ndim > 1 and array.dtype.kind == "f")
 
 
 def _core(deployable: Deployable, path: Path, *, opset: int) -> Core:

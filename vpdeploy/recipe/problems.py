@@ -170,6 +170,8 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
     if recipe.fit.what == "none" and not recipe.model.weights:
         yield ("fit.what", *weights), "fit.what: got 'none' without model.weights; expected 'all', or give weights"
     yield from _search_problems(recipe)
+    if len(given) == 1:
+        yield from _granularity_problems(recipe)
     yield from _bench_problem(recipe)
 
 
@@ -240,6 +242,36 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             ("search.rounds", "search.epochs"),
             f"search.rounds: got {table.rounds} with search.epochs = {table.epochs}; expected at most as many: each round trains",
         )
+
+
+def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What goes with channels alone, and what with single weights."""
+    search, budget = recipe.search, recipe.budget
+    of_weights = search.granularity != "channel"
+    if of_weights != (budget.kind == "weight_ratio"):
+        expected = "'weight_ratio'" if of_weights else "another budget, or search.granularity = 'weight'"
+        yield (
+            ("search.granularity", f"budget.{budget.kind}"),
+            f"budget.{budget.kind}: got {budget.requested:g} with search.granularity = {search.granularity!r}; expected "
+            f"{expected}",
+        )
+    if not of_weights:
+        return
+    if search.method in ("slim", "group_sl"):
+        yield (
+            ("search.granularity", "search.method"),
+            f"search.method: got {search.method!r} with search.granularity = {search.granularity!r}; expected a method that "
+            "scores single weights: its scores are of channels",
+        )
+    fields = {"search.per_cost": search.per_cost, "budget.speed": budget.speed}
+    fields |= {f"budget.limits.{name}": True for name in budget.limits.given}
+    fields["search.score_init"] = search.score_init == "taylor"
+    for key, given in fields.items():
+        if given:
+            yield (
+                ("search.granularity", key),
+                f"{key}: goes with channels, got search.granularity = {search.granularity!r}; leave it out",
+            )
 
 
 def _toml(value: Any) -> str:

@@ -18,7 +18,7 @@ CHECKPOINT_SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
 ARMS = ("dense", "dense+prompt", "pruned", "pruned-prompt")
 Arm = Literal["dense", "dense+prompt", "pruned", "pruned-prompt"]
 COUNTED = ("channel_ratio", "macs_ratio", "params_ratio")  # by a formula, of any network
-RATIOS = (*COUNTED, "latency_ratio")
+RATIOS = (*COUNTED, "weight_ratio", "latency_ratio")
 AMOUNTS = ("latency_ms", "file_mib", "memory_mib")
 BUDGETS = (*RATIOS, *AMOUNTS)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -226,6 +226,10 @@ class SearchTable(Table):
         default="vpns",
         description="vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights: slim, group_sl, bip, omp, lth (docs/methods.md)",
     )
+    granularity: Literal["channel", "weight", "2:4"] = Field(
+        default="channel",
+        description="what is removed: channels, physically; weight: single weights become 0, under budget.weight_ratio; 2:4: two of every four along a layer's inputs",
+    )
     epochs: Count = Field(
         default=5,
         description="passes over the training split; of methods that look once, for the prompt alone: without one, none",
@@ -303,6 +307,10 @@ class BudgetTable(Table):
     )
     macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
     params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
+    weight_ratio: Fraction | None = Field(
+        default=None,
+        description="of the weights of convolutions and linear layers, with search.granularity weight or 2:4: the others are 0",
+    )
     latency_ratio: Fraction | None = Field(
         default=None, description="of the dense file's median run time on [target], both measured in the same rounds"
     )

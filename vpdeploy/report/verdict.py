@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vpdeploy.report.compare import PROMPT_PAIRS
 from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
-from vpdeploy.report.numbers import factor, factor_range, minus, percent, points, points_range, significant
+from vpdeploy.report.numbers import factor, factor_range, mebibytes, minus, percent, points, points_range, significant
 from vpdeploy.values import AccuracyDifference, Conditions, Interval, LatencyFactor, Layer, Report
 
 ARMS = {
@@ -32,10 +32,27 @@ def _verdict(report: Report, name: str, at: Conditions | None) -> str:
     if faster is not None and at is not None:
         parts.append(_speed(faster, at))
     parts.append(_accuracy(difference))
-    sentence = f"{name} against dense: {', '.join(parts)}."
+    sentence = f"{name} against dense: {', '.join(parts)}.{_zeros(report, name)}"
     if faster is None:
         return f"{sentence} Latency was not measured."
     return sentence + _parting(factors.macs, faster)
+
+
+def _zeros(report: Report, name: str) -> str:
+    """Of an arm whose single weights were set to 0: what that gives, and what it does not."""
+    certificate = report.certificates.get(name)
+    if certificate is None or certificate.budget != "weight_ratio":
+        return ""
+    arm, dense = report.arms[name].compressed_bytes, report.arms["dense"].compressed_bytes
+    told = f" {1 - certificate.reached:.1%} of its weights are 0: dense runtimes, as those measured here, gain nothing from that"
+    if arm and dense:
+        form = next(iter(arm))
+        told += (
+            f"; compressed by gzip its file has {mebibytes(arm[form])} MiB and the dense one {mebibytes(dense[form])}"
+        )
+    if math.isclose(certificate.requested, 0.5):
+        told += "; two of every four pay on sparse tensor cores, by TensorRT or cuSPARSELt, where the mask is 2:4"
+    return told + "."
 
 
 def _macs(value: float) -> str:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.select_weights import WeightSelector
 from vpdeploy.scoring.straight_through import hard_mask
 
 
 def in_rounds(
-    scores_under: Callable[[int, Tensor], Tensor], selector: Selector, *, rounds: int, channels: int
+    scores_under: Callable[[int, Tensor], Tensor], selector: Selector | WeightSelector, *, rounds: int, channels: int
 ) -> Tensor:
     """scores_under: (round from 0, gates [channels]) -> scores [channels]. Gives scores of which ``selector`` makes the mask of
     the last round: [channels].
@@ -36,10 +37,12 @@ def in_rounds(
     return row
 
 
-def eased(selector: Selector, share: float) -> Selector:
-    """``selector`` after this share of all rounds; hard limits hold after the last one."""
+def eased(selector: Selector | WeightSelector, share: float) -> Selector | WeightSelector:
+    """``selector`` after this share of all rounds; hard limits, and patterns of weights, hold after the last one."""
     if share >= 1:
         return selector
+    if isinstance(selector, WeightSelector):
+        return replace(selector, ratio=selector.ratio**share, pattern="")
     first, *others = selector.bounds
     limit = first.dense * min(1.0, first.limit / first.dense) ** share
     return replace(

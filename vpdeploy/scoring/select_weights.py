@@ -18,8 +18,8 @@ KIND = "weight_ratio"
 
 @dataclass(frozen=True)
 class WeightSelector:
-    """Which weights stay. ``shapes``: of each weight, by name, in the order of the row that holds them all; ``ratio``: how many of
-    all may stay; ``pattern``: "2:4" for two of every four neighbours along a layer's inputs, whatever their layer.
+    """Which weights stay. ``shapes``: of each weight, by name, in the order of the row that holds them all; ``ratio``: how many
+    of all may stay; ``pattern``: "2:4" for two of every four neighbours along a layer's inputs, whatever their layer.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -36,7 +36,9 @@ class WeightSelector:
             return highest(scores, int(self.ratio * len(scores) + 1e-9))
         sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
         parts = np.split(np.asarray(scores), list(accumulate(sizes))[:-1])
-        kept = [two_of_four(part.reshape(shape)).ravel() for part, shape in zip(parts, self.shapes.values(), strict=True)]
+        kept = [
+            two_of_four(part.reshape(shape)).ravel() for part, shape in zip(parts, self.shapes.values(), strict=True)
+        ]
         return np.concatenate(kept) if kept else np.zeros(0, bool)
 
 
@@ -44,7 +46,9 @@ def weight_selector(shapes: Mapping[str, tuple[int, ...]], *, ratio: float, gran
     """Raises: BudgetError when no weight would stay, or a pattern keeps another share than was asked for."""
     selector = WeightSelector(shapes, ratio, "" if granularity == "weight" else granularity)
     if selector.pattern and ratio != 0.5:
-        raise BudgetError(f"budget.{KIND}: got {ratio:g} with search.granularity = '2:4'; expected 0.5: two of four stay")
+        raise BudgetError(
+            f"budget.{KIND}: got {ratio:g} with search.granularity = '2:4'; expected 0.5: two of four stay"
+        )
     if int(ratio * selector.count + 1e-9) < 1:
         raise BudgetError(f"budget.{KIND}: got {ratio:g}; of {selector.count} weights none would stay; ask for more")
     return selector

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vpdeploy.scoring.select import Selector, select_row
+from vpdeploy.scoring.select_weights import WeightSelector
 
 
 class StraightThrough(torch.autograd.Function):
@@ -20,7 +21,9 @@ class StraightThrough(torch.autograd.Function):
         return grad_outputs[0], None
 
 
-def hard_mask(selector: Selector, scores: Tensor) -> Tensor:
-    """The budget's mask for ``scores`` [channels]: bool, on the same device."""
+def hard_mask(selector: Selector | WeightSelector, scores: Tensor) -> Tensor:
+    """The budget's mask for ``scores`` [scores]: bool, on the same device."""
+    if isinstance(selector, WeightSelector):
+        return torch.from_numpy(selector.select_row(scores.detach().cpu().numpy())).to(scores.device)
     row = scores.detach().to("cpu", torch.float64).numpy()
     return torch.from_numpy(select_row(selector, row)).to(scores.device)

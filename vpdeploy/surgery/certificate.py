@@ -12,6 +12,7 @@ from vpdeploy.errors import SurgeryError
 from vpdeploy.models.copies import on_cpu
 from vpdeploy.surgery.bench import relative_difference
 from vpdeploy.surgery.gates import Gated, mask_row
+from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.surgery.norms import norms_without_statistics
 from vpdeploy.surgery.paths import first_change
 from vpdeploy.surgery.trace import twin_of
@@ -60,8 +61,33 @@ def certify(
     if selection.requested < 1 and all(record.kept == record.width for record in records):
         raise SurgeryError(f"nothing was removed, though budget.{selection.budget} is {selection.requested:g}")
     gated = Gated(twin_of(source, on_cpu(torch.float64)), groups.prunable)
-    small = twin_of(pruned, on_cpu(torch.float64))
     row = mask_row(groups.prunable, selection.mask, dtype=torch.float64)
+    budget = (selection.budget, selection.requested, selection.reached)
+    return _proved(gated, row, source, pruned, canvas=canvas, budget=budget, records=records)
+
+
+def certify_weights(
+    source: nn.Module, zeroed: nn.Module, groups: ChannelGroups, mask: Tensor, *, requested: float, canvas: Tensor
+) -> Certificate:
+    """As ``certify``, of single weights: those that ``mask`` [all masked weights] does not keep are 0 in ``zeroed``."""
+    records = tuple(GroupRecord(g.root, g.width, g.width, g.status, g.reason, g.difference) for g in groups.groups)
+    masked = MaskedWeights(twin_of(source, on_cpu(torch.float64)))
+    budget = ("weight_ratio", requested, float(mask.double().mean()))
+    return _proved(masked, mask.double(), source, zeroed, canvas=canvas, budget=budget, records=records)
+
+
+def _proved(
+    gated: Gated | MaskedWeights,
+    row: Tensor,
+    source: nn.Module,
+    pruned: nn.Module,
+    *,
+    canvas: Tensor,
+    budget: tuple[str, float, float],
+    records: tuple[GroupRecord, ...],
+) -> Certificate:
+    """Of ``gated``, a twin of ``source`` in float64, under ``row`` against ``pruned``. Raises: as ``certify``."""
+    small = twin_of(pruned, on_cpu(torch.float64))
     real = canvas.detach().to("cpu", torch.float64)
     noise = torch.randn((RANDOM_IMAGES, *real.shape[1:]), generator=torch.Generator().manual_seed(0)).double()
 
@@ -94,7 +120,6 @@ def certify(
             f"at least {AGREEMENT:g}, or that masked and pruned agree proves nothing: its classifier may still be zero, give it "
             "weights first"
         )
-    budget = (selection.budget, selection.requested, selection.reached)
     return Certificate(on_real, len(real), on_noise, but_for_norms, effect, *budget, records)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class MaskedWeights(nn.Module):
-    """``backbone`` with every convolution's and linear layer's weight multiplied by its part of a row of values, as ``Gated`` does
-    it with channels. The backbone given is used as it is: hand in a copy.
+    """``backbone`` with the weight of every convolution and linear layer multiplied by its part of a row of values, as ``Gated``
+    does it with channels. The backbone given is used as it is: hand in a copy.
 
     Calling it takes the backbone's input and one row of values [all masked weights, in order]; its gradient reaches them.
     """
@@ -29,10 +29,8 @@ class MaskedWeights(nn.Module):
     def masked(self, values: Tensor) -> dict[str, Tensor]:
         """Weight name -> the weight times its values."""
         weights = dict(self.backbone.named_parameters())
-        parts = values.split([shape.numel() for shape in self.shapes.values()])
         return {
-            name: weights[name] * part.view(shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            name: weights[name] * part.to(weights[name].dtype) for name, part in parts_of(values, self.shapes).items()
         }
 
 
@@ -45,9 +43,16 @@ def weight_shapes(backbone: nn.Module) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in weights.items()}
 
 
-def parts_of(row: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """A row of all masked weights by name."""
-    edges = [0, *accumulate(shape.numel() for shape in shapes.values())]
-    return {
-        name: row[start:end].view(shape) for (name, shape), start, end in zip(shapes.items(), edges, edges[1:], strict=False)
-    }
+def parts_of(row: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """A row of all masked weights, by name."""
+    parts = row.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+@torch.no_grad()
+def set_to_zero(backbone: nn.Module, mask: Mapping[str, Tensor]) -> nn.Module:
+    """``backbone``, changed: every weight in ``mask`` (by name, True = keep) has zeros where it is not kept."""
+    weights = dict(backbone.named_parameters())
+    for name, kept in mask.items():
+        weights[name].masked_fill_(~kept.to(weights[name].device, torch.bool), 0.0)
+    return backbone

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
+from vpdeploy.surgery.masked_weights import set_to_zero
 from vpdeploy.training.fit import at_rest
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
 from vpdeploy.training.weights import Teacher, WeightSchedule, train_weights
@@ -22,6 +24,7 @@ def tune(
     *,
     prompt: Mapping[str, Tensor] | None,
     dense: Dense,
+    mask: Mapping[str, Tensor],
     label_map: Sequence[int] | None,
     recipe: Recipe,
     compute: Compute,
@@ -29,7 +32,8 @@ def tune(
     display: Display,
 ) -> Tuned:
     """Train a copy of ``backbone``, already cut. prompt: its state to start from, empty to start from zero, None for none.
-    dense: what ``tune.distill`` compares with, without a prompt.
+    dense: what ``tune.distill`` compares with, without a prompt. mask: weights, by name, whose entries that are not kept are
+    0 and stay so; empty where channels were cut.
 
     Raises: VpdeployError when the loss is not finite.
     """
@@ -50,6 +54,7 @@ def tune(
         label_smoothing=table.label_smoothing,
         augment=recipe.data.augment,
     )
+    zeros = partial(set_to_zero, network.backbone, mask) if mask else None
     teacher = None
     if table.distill > 0:
         canvas_alone = build_canvas(recipe, prompted=False)
@@ -59,5 +64,5 @@ def tune(
             table.distill,
             table.temperature,
         )
-    train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher)
+    train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher, after_step=zeros)
     return Tuned(at_rest(network.backbone), prompt_state(canvas), None if label_map is None else tuple(label_map))

@@ -57,11 +57,13 @@ def train_weights(
     display: Display,
     gates: tuple[Tensor, ...] = (),
     before_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     teacher: Teacher | None = None,
 ) -> Prompted:
     """Train whatever of ``network`` requires a gradient, in place, and return it in eval mode. It goes on where it stopped.
 
-    gates: values that a gated backbone takes. before_step: is called when gradients are there and nothing has moved yet.
+    gates: values that a gated backbone takes. before_step: is called when gradients are there and nothing has moved yet;
+    after_step: when all has moved.
     teacher: whose outputs take part in the loss.
     Raises: VpdeployError when the loss is not finite.
     """
@@ -73,7 +75,7 @@ def train_weights(
         augment=schedule.augment,
         remedy="a smaller weight_lr",
     )
-    learner = _Weights(network, schedule, _optimizer(network, schedule), gates, before_step, teacher)
+    learner = _Weights(network, schedule, _optimizer(network, schedule), gates, before_step, after_step, teacher)
     train(learner, data, course=course, journal=journal, display=display)
     return network.eval()
 
@@ -85,6 +87,7 @@ class _Weights:
     optimizer: torch.optim.Optimizer
     gates: tuple[Tensor, ...]
     before_step: Callable[[], None] | None
+    after_step: Callable[[], None] | None
     teacher: Teacher | None
 
     def begin_epoch(self, epoch: int) -> None:
@@ -102,6 +105,8 @@ class _Weights:
         if self.before_step is not None:
             self.before_step()
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step()
         return loss
 
     def values(self) -> tuple[Tensor, ...]:

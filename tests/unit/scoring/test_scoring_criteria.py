@@ -211,11 +211,10 @@ def test_norms_of_all_a_groups_weights(norm, power):
 
 
 def test_random_scores_are_uniform_and_their_generators():
-    groups = (ChannelGroup("a", 2000, ()), ChannelGroup("b", 3000, ()))
-    draw = lambda seed: random(groups, generator=torch.Generator().manual_seed(seed))  # noqa: E731
-    row = torch.cat(list(draw(0).values()))
-    assert torch.equal(row, torch.cat(list(draw(0).values()))) and not torch.equal(
-        row, torch.cat(list(draw(1).values()))
-    )
+    units = {"a": (2000,), "b": (30, 100)}
+    draw = lambda seed: random(units, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    assert draw(0)["b"].shape == (30, 100)
+    row, same, other = (torch.cat([part.flatten() for part in draw(seed).values()]) for seed in (0, 0, 1))
+    assert torch.equal(row, same) and not torch.equal(row, other)
     # Of 5000 draws, counts in tenths are 500 with a deviation of 21: five of these.
     assert bool(((torch.histc(row, 10, 0, 1) - 500).abs() < 106).all())

@@ -16,13 +16,18 @@ TEMPERATURE = 200.0  # of the logits, as the paper has it: it keeps the loss awa
 
 
 def grasp(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
-    """Group root -> score of each channel, [g] float64, of either sign.
+    """Group root -> score of each channel, [g] float64, of either sign."""
+    return channel_sums(grasp_of_weights(model, model.weights_of(groups), batches), groups)
 
-    A weight's score is w (H g), g the gradient of the loss and H its Hessian: to first order, without the weight the squared
-    norm of the gradient is less by twice that (Wang et al., arXiv:2002.07376, eq. 8; the authors remove the largest
-    -w (H g)). The batches' losses are added up.
+
+def grasp_of_weights(model: Model, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Weight name -> score of each entry, of its shape.
+
+    w (H g), g the gradient of the loss and H its Hessian: to first order, without the weight the squared norm of the gradient is
+    less by twice that (Wang et al., arXiv:2002.07376, eq. 8; the authors remove the largest -w (H g)). The batches' losses
+    are added up.
     """
-    weights = model.weights(groups)
+    weights = model.leaves(names)
     leaves = list(weights.values())
 
     def gradients(x: Tensor, labels: Tensor, *, graph: bool) -> tuple[Tensor, ...]:
@@ -41,6 +46,6 @@ def grasp(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> dic
             assert isinstance(along, Tensor)
             second = torch.autograd.grad(along, leaves, materialize_grads=True)
             products = [total + part for total, part in zip(products, second, strict=True)]
-    return channel_sums(
-        {name: weight * product for (name, weight), product in zip(weights.items(), products, strict=True)}, groups
-    )
+    return {
+        name: (weight * product).detach() for (name, weight), product in zip(weights.items(), products, strict=True)
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,6 +38,20 @@ def magnitude(backbone: nn.Module, groups: Sequence[ChannelGroup], *, norm: Norm
         total = torch.stack(parts).mean(dim=0) if parts else torch.ones(group.width)
         scores[group.root] = total if norm == "scaled" else _over_mean(total.sqrt() if norm == "l2" else total)
     return scores
+
+
+def magnitude_of_weights(backbone: nn.Module, names: Sequence[str], *, norm: Norm = "scaled") -> dict[str, Tensor]:
+    """Weight name -> score of each entry, of its shape, float32: its size; with "scaled" as HYDRA begins (arXiv:2002.10509):
+    sqrt(6 / fan_in) times its size over the tensor's largest.
+    """
+    parameters = dict(backbone.named_parameters())
+    scores = {name: parameters[name].detach().float().cpu().abs() for name in names}
+    if norm != "scaled":
+        return scores
+    return {
+        name: size / size.max().clamp_min(torch.finfo(size.dtype).tiny) * math.sqrt(6 / size[0].numel())
+        for name, size in scores.items()
+    }
 
 
 def _over_mean(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vpdeploy.surgery.gates import Gated
+from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.values import ChannelGroup
 
 Batches = Iterable[
@@ -19,9 +20,9 @@ Batches = Iterable[
 
 @dataclass(frozen=True)
 class Model:
-    """A network in eval mode under ``gates`` [channels of all groups]; ``label_map``: [classes], or None."""
+    """A network in eval mode under ``gates`` (a row of mask values); ``label_map``: [classes], or None."""
 
-    gated: Gated
+    gated: Gated | MaskedWeights
     gates: Tensor
     label_map: Tensor | None = None
 
@@ -30,12 +31,16 @@ class Model:
         """Its parameters and buffers have the names that groups know."""
         return self.gated.backbone
 
-    def weights(self, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
-        """A copy of each tensor that products of ``groups`` use, by name, to be differentiated by."""
+    def weights_of(self, groups: Sequence[ChannelGroup]) -> list[str]:
+        """The names of the tensors that products of ``groups`` use."""
         tensors = dict(self.backbone.named_parameters())
         names = {member.tensor for group in groups for member in group.members}
-        found = {name: tensors[name] for name in sorted(names & tensors.keys()) if tensors[name].ndim > 1}
-        return {name: tensor.detach().clone().requires_grad_(True) for name, tensor in found.items()}
+        return [name for name in sorted(names & tensors.keys()) if tensors[name].ndim > 1]
+
+    def leaves(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """A copy of each of these tensors, by name, to be differentiated by."""
+        tensors = dict(self.backbone.named_parameters())
+        return {name: tensors[name].detach().clone().requires_grad_(True) for name in names}
 
     def __call__(
         self, x: Tensor, *, gates: Tensor | None = None, tensors: Mapping[str, Tensor] | None = None

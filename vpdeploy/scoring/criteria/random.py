@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from vpdeploy.values import ChannelGroup
 
-
-def random(groups: Sequence[ChannelGroup], *, generator: torch.Generator) -> dict[str, Tensor]:
-    """Group root -> score of each channel, [g] float32, uniform in [0, 1): every channel competes on equal terms."""
-    return {group.root: torch.rand(group.width, generator=generator) for group in groups}
+def random(units: Mapping[str, Sequence[int]], *, generator: torch.Generator) -> dict[str, Tensor]:
+    """Name -> scores of the shape that stands there, float32, uniform in [0, 1): all compete on equal terms."""
+    return {name: torch.rand(tuple(shape), generator=generator) for name, shape in units.items()}

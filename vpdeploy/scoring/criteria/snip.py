@@ -13,16 +13,21 @@ from vpdeploy.values import ChannelGroup
 
 
 def snip(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
-    """Group root -> score of each channel, [g] float64, at least 0.
+    """Group root -> score of each channel, [g] float64, at least 0."""
+    return channel_sums(snip_of_weights(model, model.weights_of(groups), batches), groups)
 
-    A weight's saliency is |w dL/dw|: the loss's derivative by a factor on the weight, where that is 1 (Lee et al.,
-    arXiv:1810.02340, eq. 5 and 6, without the common divisor). L is the mean loss of all batches, equally weighed.
+
+def snip_of_weights(model: Model, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Weight name -> score of each entry, of its shape.
+
+    |w dL/dw|: the loss's derivative by a factor on the weight, where that is 1 (Lee et al., arXiv:1810.02340, eq. 5 and 6,
+    without the common divisor). L is the sum of the batches' mean losses.
     """
-    weights = model.weights(groups)
+    weights = model.leaves(names)
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for x, labels in batches:
         loss = F.cross_entropy(model(x, tensors=weights), labels)
         found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         for total, gradient in zip(gradients.values(), found, strict=True):
             total += gradient
-    return channel_sums({name: (weights[name] * gradient).abs() for name, gradient in gradients.items()}, groups)
+    return {name: (weights[name] * gradient).abs().detach() for name, gradient in gradients.items()}

@@ -12,11 +12,15 @@ from vpdeploy.values import ChannelGroup
 
 
 def synflow(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
-    """Group root -> score of each channel, [g] float64, at least 0. Of the first batch, the shape alone is used.
+    """Group root -> score of each channel, [g] float64, at least 0."""
+    return channel_sums(synflow_of_weights(model, model.weights_of(groups), batches), groups)
 
-    A weight's score is |w dR/dw|, R the sum of the outputs for an image of ones when every tensor of the network stands for its
-    absolute value (Tanaka et al., arXiv:2006.05467, eq. 2 and algorithm 1: no data takes part). In float64: R is a product
-    over all layers.
+
+def synflow_of_weights(model: Model, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Weight name -> score of each entry, of its shape. Of the first batch, the shape alone is used.
+
+    |w dR/dw|, R the sum of the outputs for an image of ones when every tensor of the network stands for its absolute value
+    (Tanaka et al., arXiv:2006.05467, eq. 2 and algorithm 1: no data takes part). In float64: R is a product over all layers.
     """
     shape = next(iter(batches))[0].shape[1:]
     state = {
@@ -24,11 +28,11 @@ def synflow(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> d
         for name, tensor in model.backbone.state_dict().items()
         if tensor.is_floating_point()
     }
-    weights = {name: state[name].requires_grad_(True) for name in model.weights(groups)}
+    weights = {name: state[name].requires_grad_(True) for name in names}
     ones = torch.ones(1, *shape, dtype=torch.float64, device=model.gates.device)
     flow = model(ones, gates=model.gates.to(torch.float64), tensors=state).sum()
     found = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
-    return channel_sums(
-        {name: (weight * gradient).abs() for (name, weight), gradient in zip(weights.items(), found, strict=True)},
-        groups,
-    )
+    return {
+        name: (weight * gradient).abs().detach()
+        for (name, weight), gradient in zip(weights.items(), found, strict=True)
+    }

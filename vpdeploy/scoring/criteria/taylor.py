@@ -28,3 +28,15 @@ def taylor(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> di
         count += 1
     parts = (total / max(count, 1)).split([group.width for group in groups])
     return {group.root: part for group, part in zip(groups, parts, strict=True)}
+
+
+def taylor_of_weights(model: Model, names: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Weight name -> score of each entry, of its shape: the mean over batches of (w dL/dw)^2 (arXiv:1906.10771, eq. 8)."""
+    weights = model.leaves(names)
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for x, labels in batches:
+        loss = F.cross_entropy(model(x, tensors=weights), labels)
+        found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        for (name, weight), gradient in zip(weights.items(), found, strict=True):
+            totals[name] += (weight * gradient).detach().square()
+    return totals  # the common divisor changes no order

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
-from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.select_weights import WeightSelector
 from vpdeploy.scoring.straight_through import hard_mask
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.training.loop import Course, train
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of
+from vpdeploy.training.methods.criteria import importance
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, set_learning_rates
 from vpdeploy.values import Found
 
@@ -40,12 +41,12 @@ def bilevel(
     table = recipe.search
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
     canvas = build_canvas(recipe, prompted=task.prompted)
-    network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
-    scores = as_row(magnitude(task.dense.backbone, task.groups), task).to(compute.device)
+    network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+    scores = as_row(importance("magnitude", network, task, data.train, recipe=recipe), task).to(compute.device)
     prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
     lower = torch.optim.SGD(backbone.parameters(), lr=table.weight_lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
     upper = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=table.score_lr)
-    learner = _Learner(network, scores, lower, upper, Readers.of(task, network), task.selector, recipe)
+    learner = _Learner(network, scores, lower, upper, readers_of(task, network), task.selector, recipe)
     course = Course(
         streams="search",
         seed=recipe.seed,
@@ -113,13 +114,38 @@ class Readers:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """As ``Readers``, of masks on single weights: each entry is read by itself."""
+
+    shapes: dict[str, torch.Size]
+    gated: Tensor
+
+    def masked(self, weights: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        parts = mask.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: (weights[name].detach() * part.view(shape)).requires_grad_(True)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def answers(self, weights: dict[str, Tensor], gradients: dict[str, Tensor], *, strength: float) -> Tensor:
+        each = [(weights[name].detach() - strength * gradients[name]) * gradients[name] for name in self.shapes]
+        return torch.cat([entries.flatten() for entries in each])
+
+
+def readers_of(task: SearchTask, network: Prompted) -> Readers | Entries:
+    if isinstance(network.backbone, Gated):
+        return Readers.of(task, network)
+    return Entries(task.units, torch.zeros(task.count, dtype=torch.bool, device=network.compute.device))
+
+
+@dataclass(frozen=True)
 class _Learner:
     network: Prompted
     scores: Tensor
     lower: torch.optim.Optimizer
     upper: torch.optim.Optimizer
-    readers: Readers
-    selector: Selector
+    readers: Readers | Entries
+    selector: Selector | WeightSelector
     recipe: Recipe
 
     def begin_epoch(self, epoch: int) -> None:
@@ -146,9 +172,7 @@ class _Learner:
 
     def upper_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of one batch under the mask; leaves the gradients of scores and prompt where the optimizer looks."""
-        gated = self.network.backbone
-        assert isinstance(gated, Gated)
-        weights = dict(gated.backbone.named_parameters())
+        weights = dict(inner(self.network).named_parameters())
         mask = self.gates()
         # What no weight reads has gates of its own; all others are open, and the weights that read them are masked.
         gates = torch.where(self.readers.gated, mask, 1.0).requires_grad_(True)

@@ -15,15 +15,14 @@ from vpdeploy.data.prepared import Images
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
-from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.select import Selector
+from vpdeploy.scoring.select_weights import WeightSelector
 from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
 from vpdeploy.scoring.weighing import for_cost, ranked
-from vpdeploy.surgery.gates import Gated
 from vpdeploy.training.fit import label_map_of, map_by_frequency
 from vpdeploy.training.loop import Course, train
 from vpdeploy.training.methods.criteria import importance
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner
 from vpdeploy.training.network import (
     Compute,
     Prompted,
@@ -46,10 +45,9 @@ def vpns(
     """
 
     def initial(network: Prompted, images: Images) -> Tensor:
-        if recipe.search.score_init == "scaled":
-            return as_row(magnitude(task.dense.backbone, task.groups), task)
-        scores = importance(recipe.search.score_init, network, task, images, recipe=recipe)
-        if recipe.search.score_init == "taylor":
+        kind = recipe.search.score_init
+        scores = importance("magnitude" if kind == "scaled" else kind, network, task, images, recipe=recipe)
+        if kind == "taylor" and isinstance(task.selector, Selector):
             scores = ranked(for_cost(scores, task.groups, task.selector), task.groups)
         return as_row(scores, task)
 
@@ -89,9 +87,7 @@ def learn(
         label="search ",
     )
     train(learner, data, course=course, journal=journal, display=display)
-    gated = network.backbone
-    assert isinstance(gated, Gated)
-    return found_of(learner.scores, network, gated.backbone, task)
+    return found_of(learner.scores, network, inner(network), task)
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class _Learner:
     network: Prompted
     scores: Tensor
     optimizer: torch.optim.Optimizer
-    selector: Selector
+    selector: Selector | WeightSelector
     data: TrainingData
     recipe: Recipe
 
@@ -153,16 +149,21 @@ class _Learner:
 def _learner(task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, frozen: bool) -> _Learner:
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
     canvas = build_canvas(recipe, prompted=task.prompted)
-    network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
-    total = sum(group.width for group in task.groups)
-    scores = torch.zeros(total, device=compute.device, requires_grad=not frozen)
+    network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+    scores = torch.zeros(task.count, device=compute.device, requires_grad=not frozen)
     prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
     optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
     return _Learner(network, scores, optimizer, task.selector, data, recipe)
 
 
 def search_step(
-    network: Prompted, scores: Tensor, selector: Selector, images: Tensor, labels: Tensor, *, prompted: bool = True
+    network: Prompted,
+    scores: Tensor,
+    selector: Selector | WeightSelector,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    prompted: bool = True,
 ) -> Tensor:
     """The loss of one batch under the hard mask of the scores as they are; its backward reaches scores and prompt alone."""
     gates = StraightThrough.apply(scores, hard_mask(selector, scores))

@@ -9,6 +9,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.rounds import in_rounds
+from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.training.methods.criteria import importance
 from vpdeploy.training.methods.learned import learn
@@ -27,10 +28,11 @@ def one_shot(
         def scores_under(turn: int, gates: Tensor) -> Tensor:
             gates = gates.to(compute.device)
             scores = importance(table.method, network, task, images, recipe=recipe, gates=gates, turn=turn)
-            return as_row(for_cost(scores, task.groups, task.selector) if table.per_cost else scores, task)
+            if table.per_cost and isinstance(task.selector, Selector):
+                scores = for_cost(scores, task.groups, task.selector)
+            return as_row(scores, task)
 
-        channels = sum(group.width for group in task.groups)
-        return in_rounds(scores_under, task.selector, rounds=table.rounds, channels=channels)
+        return in_rounds(scores_under, task.selector, rounds=table.rounds, channels=task.count)
 
     return learn(
         task, data, recipe=recipe, compute=compute, journal=journal, display=display, initial=initial, frozen=True

@@ -10,10 +10,10 @@ from torch import Tensor
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
-from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.rounds import in_rounds
+from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.weighing import for_cost
-from vpdeploy.surgery.gates import Gated
+from vpdeploy.training.methods.criteria import importance
 from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
 from vpdeploy.training.weights import train_weights
@@ -36,7 +36,7 @@ def rewound(
     def scores_under(turn: int, gates: Tensor) -> Tensor:
         backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
         canvas = build_canvas(recipe, prompted=task.prompted)
-        network = Prompted(canvas, Gated(backbone, task.groups), compute, label_map=task.dense.label_map)
+        network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
         epochs = table.epochs // rounds + (turn < table.epochs % rounds)
         train_weights(
             network,
@@ -47,10 +47,11 @@ def rewound(
             gates=(gates.to(compute.device),),
         )
         last[:] = [network]
-        scores = magnitude(backbone, task.groups, norm=table.norm)
-        return as_row(for_cost(scores, task.groups, task.selector) if table.per_cost else scores, task)
+        scores = importance("magnitude", network, task, data.train, recipe=recipe)
+        if table.per_cost and isinstance(task.selector, Selector):
+            scores = for_cost(scores, task.groups, task.selector)
+        return as_row(scores, task)
 
-    channels = sum(group.width for group in task.groups)
-    row = in_rounds(scores_under, task.selector, rounds=rounds, channels=channels)
+    row = in_rounds(scores_under, task.selector, rounds=rounds, channels=task.count)
     (network,) = last
     return found_of(torch.as_tensor(row), network, task.dense.backbone, task)

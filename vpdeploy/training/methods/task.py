@@ -15,7 +15,9 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.select import Selector
-from vpdeploy.surgery.groups import offsets
+from vpdeploy.scoring.select_weights import WeightSelector
+from vpdeploy.surgery.gates import Gated
+from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.training.fit import label_map_of
 from vpdeploy.training.network import Compute, Prompted, TrainingData, prompt_state
 from vpdeploy.training.weights import WeightSchedule
@@ -24,12 +26,29 @@ from vpdeploy.values import ChannelGroup, Dense, Found
 
 @dataclass(frozen=True)
 class SearchTask:
-    """What a search looks at: the dense network, its prunable groups (the columns of ``selector``), and the arm's prompt."""
+    """What a search looks at: the dense network, its prunable groups (the columns of ``selector``, unless that is of single
+    weights), and the arm's prompt.
+    """
 
     dense: Dense
     groups: Sequence[ChannelGroup]
-    selector: Selector
+    selector: Selector | WeightSelector
     prompted: bool
+
+    @property
+    def units(self) -> dict[str, torch.Size]:
+        """What has a score: name -> the shape of its scores, in the order of the row that holds them all."""
+        if isinstance(self.selector, WeightSelector):
+            return {name: torch.Size(shape) for name, shape in self.selector.shapes.items()}
+        return {group.root: torch.Size([group.width]) for group in self.groups}
+
+    @property
+    def count(self) -> int:
+        return sum(shape.numel() for shape in self.units.values())
+
+    def masked(self, backbone: nn.Module) -> Gated | MaskedWeights:
+        """``backbone``, taking a row of mask values beside its input."""
+        return MaskedWeights(backbone) if isinstance(self.selector, WeightSelector) else Gated(backbone, self.groups)
 
 
 class Method(Protocol):
@@ -67,15 +86,22 @@ def schedule_of(recipe: Recipe, *, weight_decay: float, epochs: int | None = Non
 
 
 def as_row(scores: Mapping[str, Tensor], task: SearchTask) -> Tensor:
-    """Root -> [g] as one row in the order of the groups: [channels of all groups], float32."""
-    return torch.cat([torch.zeros(0), *(scores[group.root].float() for group in task.groups)])
+    """The scores of all units as one row, in their order: [scores], float32."""
+    return torch.cat([torch.zeros(0), *(scores[name].float().flatten() for name in task.units)])
+
+
+def inner(network: Prompted) -> nn.Module:
+    """The backbone behind the masks."""
+    masked = network.backbone
+    assert isinstance(masked, Gated | MaskedWeights)
+    return masked.backbone
 
 
 def found_of(scores: Tensor, network: Prompted, backbone: nn.Module, task: SearchTask) -> Found:
-    """scores: [channels of all groups]; ``backbone``: what ``network`` made of the dense one."""
-    places, row = offsets(task.groups), scores.detach().to("cpu", torch.float32)
+    """scores: a row of all units'; ``backbone``: what ``network`` made of the dense one."""
+    parts = scores.detach().to("cpu", torch.float32).split([shape.numel() for shape in task.units.values()])
     return Found(
-        scores={group.root: row[places[group.root]].clone() for group in task.groups},
+        scores={name: part.view(shape).clone() for (name, shape), part in zip(task.units.items(), parts, strict=True)},
         prompt=prompt_state(network.canvas),
         tensors=_changed(backbone, task.dense.backbone),
         label_map=label_map_of(network),
