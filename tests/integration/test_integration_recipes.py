@@ -76,6 +76,16 @@ def test_a_recipe_resolves_and_says_what_it_is(path):
     assert f"vpdeploy run {path.relative_to(ROOT)}" in header
 
 
+@pytest.mark.parametrize("network", ["resnet18", "resnet50", "vgg16_bn"])
+def test_the_papers_recipes_build(network):
+    """Each network once: what differs between data sets is no network."""
+    paths = [path for path in RECIPES if path.parent.name == "paper" and path.stem.startswith(f"{network}-")]
+    recipes = [load_recipe(path) for path in paths]
+    assert len(recipes) == 16 and {recipe.model for recipe in recipes} == {recipes[0].model}
+    built = build(recipes[0].model, classes=CLASSES, seed=0, with_weights=False, source_classes=1000)
+    assert built.head == "flm" and built.source_classes == 1000
+
+
 @pytest.mark.parametrize("path", [path for path in RECIPES if runs_in_smoke_size(path)], ids=lambda path: path.stem)
 def test_a_recipe_runs_in_smoke_size(path, tmp_path):
     recipe = load_recipe(path, [*IN_SMOKE_SIZE, *stand_ins(load_recipe(path), tmp_path)])
