@@ -102,7 +102,7 @@ def recipe(network: str, data: str, *, structured: bool) -> str:
             *([] if structured else ['granularity = "weight"']),
             f"epochs = {of.search_epochs}",
             f"batch_size = {of.batch}",
-            f"score_lr = {of.score_lr:g}",
+            f"score_lr = {of.score_lr!r}",
             f"prompt_lr = {of.score_prompt_lr:g}",
             f'score_init = "{"random" if structured else "scaled"}"',
             "unprompted_step = true",
