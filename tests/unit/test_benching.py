@@ -141,17 +141,18 @@ def test_the_command_prints_one_object(pair, capsys):
 
 
 @pytest.mark.parametrize(
-    ("axes", "kind", "shape"),
+    ("axes", "kind", "size", "shape"),
     [
-        (("n", "h", "w", 3), TensorProto.FLOAT, (8, 9, 3)),
-        (("n", 3, "h", "w"), TensorProto.UINT8, (3, 8, 9)),
-        ((-1, 3, -1, -1), TensorProto.FLOAT, (3, 8, 9)),  # as some exporters write "any"
-        (("n", 3, 8, 3), TensorProto.FLOAT, (3, 8, 3)),
+        (("n", "h", "w", 3), TensorProto.FLOAT, (8, 9), (8, 9, 3)),
+        (("n", 3, "h", "w"), TensorProto.UINT8, (8, 9), (3, 8, 9)),
+        ((-1, 3, -1, -1), TensorProto.FLOAT, (8, 9), (3, 8, 9)),  # as some exporters write "any"
+        (("n", 3, 8, 3), TensorProto.FLOAT, None, (3, 8, 3)),
+        (("n", 3, "h", 3), TensorProto.FLOAT, (8, 3), (3, 8, 3)),  # colours are where the form has them
+        (("n", 3, "w", 3), TensorProto.UINT8, (3, 8), (3, 8, 3)),
     ],
 )
-def test_images_are_laid_out_as_the_file_says(tmp_path, axes, kind, shape):
+def test_images_are_laid_out_as_the_file_says(tmp_path, axes, kind, size, shape):
     path = model(tmp_path / "a.ONNX", axes=axes, kind=kind)
-    size = None if axes[3] == 3 and axes[1] == 3 else (8, 9)
     made = bench_files([path], table=QUICK, image_size=size)
     assert made.image_shape == shape and [row.batch for row in made.files[str(path)].latency] == [1, 4]
 

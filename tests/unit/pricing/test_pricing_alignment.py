@@ -72,6 +72,7 @@ def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_pat
     below, above = alignment._about_half(network, 4)
     pairs = [alignment._odd_multiples(group, network, 4) for group in network.groups.prunable]
     assert [tuple(sorted(pair)) for pair in zip(below, above, strict=True)] == pairs
+    assert (below < above).any() and (below > above).any()  # neither network is the narrower one of all groups
 
 
 def test_a_sweep_of_multiples_that_was_not_steady_is_not_kept(tmp_path, monkeypatch):
