@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vpdeploy import cli
+from vpdeploy import benching, cli
 from vpdeploy.benching import bench_files
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe.reading import bench_table
@@ -112,6 +112,30 @@ def test_a_batch_that_no_memory_holds_is_refused(tmp_path):
         VpdeployError, match="a batch of 4 images of 3 x 16000 x 16000 takes 11.4 GiB; expected at most 4"
     ):
         bench_files([path], table=QUICK.model_copy(update={"batches": (4,)}), image_size=(16000, 16000))
+
+
+def test_what_is_known_beforehand_costs_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(benching, "measure_latency", lambda *args, **values: pytest.fail("it was measured"))
+    path = model(tmp_path / "a.onnx")
+    both = QUICK.model_copy(update={"engines": ("onnxruntime-cpu", "torch-eager")})
+    with pytest.raises(VpdeployError, match="engine torch-eager: runs torch modules, and a file of itself holds none"):
+        bench_files([path], table=both, image_size=(8, 9))
+    with pytest.raises(VpdeployError, match="a batch of 100000000 images of 3 x 8 x 9 takes"):
+        bench_files([path], table=QUICK.model_copy(update={"batches": (1, 10**8)}), image_size=(8, 9))
+
+
+def test_times_are_told_though_memory_cannot_be_measured(tmp_path, monkeypatch):
+    """OpenVINO runs files that ONNX Runtime does not."""
+
+    def fails(*args, **values):
+        raise VpdeployError("a.onnx: the process ended")
+
+    said = []
+    monkeypatch.setattr(benching, "measure_memory", fails)
+    made = bench_files([model(tmp_path / "a.onnx")], table=QUICK, image_size=(8, 9), say=said.append)
+    (found,) = made.files.values()
+    assert found.latency and found.memory == ()
+    assert said[-1] == "warning: memory and start are not known: a.onnx: the process ended"
 
 
 def test_all_that_is_wrong_with_the_options_is_told_at_once():

@@ -62,7 +62,9 @@ def test_the_size_of_a_file_is_what_the_sum_says(tmp_path):
         files.export(small, tmp_path / "real.onnx")
         size = (tmp_path / "real.onnx").stat().st_size / 2**20
         assert size <= selector.budget.cost(widths)
-    assert selector.budget.cost(widths) - size < 0.001  # of the larger form
+    assert (
+        selector.budget.cost(widths) - size < 512 / 2**20
+    )  # of the larger form: shapes that an export may write twice
     for column in range(len(widths)):  # and no group may take a step more
         steps = selector.block_width[(selector.block_group == column) & ~selector.must]
         if widths[column] < selector.dense_widths[column]:
