@@ -75,7 +75,7 @@ class Graph:
             places = self.axes[tensor.name]
             fixed = [size for size, place in zip(array.shape, places, strict=True) if place is None]
             bare = tensor.name.removeprefix("backbone.")
-            owner = next((place[0].rpartition(".")[0] for place in places if place is not None), bare)
+            owner = next((place[0].rpartition(".")[0] or place[0] for place in places if place is not None), bare)
             axes = tuple(place for place in places if place is not None)
             terms.append(Term(owner, float(array.itemsize * np.prod(fixed, dtype=float)), axes))
         return terms

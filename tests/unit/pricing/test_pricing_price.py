@@ -171,6 +171,33 @@ def test_other_budgets_out_of_reach_are_told_by_the_table_of_the_first(tmp_path,
     assert told in str(caught.value)
 
 
+BARE = """
+import torch
+from torch import nn
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 10)
+        self.bare = nn.Parameter(torch.randn(432, 10))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3))) + x.flatten(1) @ self.bare
+
+
+def bare():
+    return Bare()
+"""
+
+
+@pytest.mark.parametrize("kind", ["file_mib", "params_ratio"])
+def test_a_bare_parameter_that_stops_it_is_named(tmp_path, kind):
+    (tmp_path / "net.py").write_text(BARE)
+    with pytest.raises(BudgetError, match=r"there it is made of .*\bbare \d\d%"):
+        priced(workbench(tmp_path, {kind: 0.001}, model={"name": f"{tmp_path / 'net.py'}:bare"}))
+
+
 def test_what_cannot_be_met_says_what_it_is_made_of(tmp_path):
     with pytest.raises(BudgetError) as caught:
         priced(workbench(tmp_path, {"latency_ratio": 0.01}))
