@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vpdeploy.errors import VpdeployError, of_each
-from vpdeploy.measure.engines import Subject, check_engine
+from vpdeploy.measure.engines import Subject, check_engine, check_subject
 from vpdeploy.measure.environment import environment
 from vpdeploy.measure.factors import latency_factor
-from vpdeploy.measure.inputs import FileInput, check_batch, image_shape_of, input_of, random_images
+from vpdeploy.measure.inputs import FileInput, check_batch, check_size, image_shape_of, input_of, random_images
 from vpdeploy.measure.latency import measure_latency
 from vpdeploy.measure.memory import measure_memory
 from vpdeploy.measure.settings import settings_of
@@ -41,6 +41,9 @@ def bench_files(
         check_engine(setting)
     taken = dict(zip(paths, of_each(paths, input_of), strict=True))
     form, shape = _common_input(taken, image_size)
+    for setting in settings:
+        check_size(shape, form, setting.batch)
+        check_subject(Subject(paths[0]), setting)
     of_each(product(paths, table.batches), lambda pair: check_batch(pair[0], taken[pair[0]], pair[1]))
     rows: dict[str, list[Latency]] = {str(path): [] for path in paths}
     engines: dict[str, Mapping[str, Any]] = {}
@@ -61,7 +64,7 @@ def bench_files(
         name: FileFigures(
             file_bytes=taken[Path(name)].file_bytes,
             latency=tuple(of_file),
-            memory=_memory(Path(name), form, shape, table),
+            memory=_memory(Path(name), form, shape, table, say),
             factors=tuple(
                 latency_factor(b, row, seed=seed) for b, row in zip(base, of_file, strict=True) if b is not row
             ),
@@ -91,7 +94,14 @@ def _fixed_size(found: FileInput) -> tuple[int, int] | None:
     return None if height is None or width is None else (height, width)
 
 
-def _memory(path: Path, form: str, shape: tuple[int, ...], table: BenchTable) -> tuple[Memory, ...]:
+def _memory(
+    path: Path, form: str, shape: tuple[int, ...], table: BenchTable, say: Callable[[str], None]
+) -> tuple[Memory, ...]:
+    """Of ONNX Runtime's CPU provider, whatever was timed: a file that it does not run has none."""
     batches = sorted({min(table.batches), max(table.batches)})
-    found = (measure_memory(path, form=form, image_shape=shape, batch=b, threads=table.threads[0]) for b in batches)
+    try:
+        found = [measure_memory(path, form=form, image_shape=shape, batch=b, threads=table.threads[0]) for b in batches]
+    except VpdeployError as e:
+        say(f"warning: memory and start are not known: {e}")
+        return ()
     return tuple(row for row in found if row is not None)

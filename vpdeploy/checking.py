@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -122,7 +122,12 @@ def _device(name: str) -> Iterator[str]:
 
 def _engines(recipe: Recipe) -> Iterator[Problem]:
     """Engines, devices and precisions that are not here: what measures comes before, or after, hours of training."""
-    keys = [("target", ("engine", "device", "precision"), [setting_of(recipe.target)])]
+    target = setting_of(recipe.target)
+    if not target.engine.startswith(
+        ("torch", "openvino")
+    ):  # of these the recipe itself tells that the precision is the file's
+        target = replace(target, precision="fp32")
+    keys = [("target", ("engine", "device", "precision"), [target])]
     keys += [("bench", ("engines", "device", "precision"), settings_of(recipe.bench))]
     for table, names, settings in keys:
         told = set[str]()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,15 +71,21 @@ RedoOption = Annotated[
     ),
 ]
 OUT_OF_BOUNDS, UNSTEADY = 3, 4
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as shells have it
 
 
 def main() -> None:
     """The entry point. Exit status 0: done; 1: an error that the user can mend; 2: usage; 3: a bound that is not met; 4: it was
-    measured, but not steadily; 130: interrupted.
+    measured, but not steadily; 130, 143: interrupted.
     """
+    signal.signal(signal.SIGTERM, _terminated)
     with _user_errors():
         app()
+
+
+def _terminated(number: int, frame: object) -> None:
+    """What build servers and ``timeout`` send: as Ctrl-C, so that temporary files are removed."""
+    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -89,7 +97,7 @@ def _user_errors() -> Iterator[None]:
         _say_error(str(e))
         sys.exit(1)
     except SystemExit as e:
-        if e.code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+        if e.code in (INTERRUPTED, TERMINATED):  # the first is what typer makes of Ctrl-C, without a word
             err.print(
                 "interrupted; every finished epoch is on disk: the same command goes on from there", soft_wrap=True
             )
@@ -299,8 +307,14 @@ def _bench_files(files: list[Path], given: dict[str, Any], *, as_json: bool) -> 
 
 
 def _a_number(value: float | None) -> float | None:
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("got nan; expected a number")
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"got {value:g}; expected a finite number")
+    return value
+
+
+def _not_negative(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < math.inf:
+        raise typer.BadParameter(f"got {value:g}; expected a finite number of at least 0")
     return value
 
 
@@ -308,13 +322,13 @@ def _a_number(value: float | None) -> float | None:
 def report(
     run: RunArgument,
     min_speedup: Annotated[
-        float | None, typer.Option(min=0.0, callback=_a_number, help="dense p50 over pruned p50, at least")
+        float | None, typer.Option(callback=_not_negative, help="dense p50 over pruned p50, at least")
     ] = None,
     max_drop: Annotated[
         float | None, typer.Option(callback=_a_number, help="top-1 below dense, percentage points, at most")
     ] = None,
     max_latency_ms: Annotated[
-        float | None, typer.Option(min=0.0, callback=_a_number, help="p90 of the pruned file, at most")
+        float | None, typer.Option(callback=_not_negative, help="p90 of the pruned file, at most")
     ] = None,
 ) -> None:
     """Write report.json, report.md and report.html from what was measured.
@@ -346,7 +360,9 @@ def compare(
     from vpdeploy.report.table import runs_table
     from vpdeploy.reporting import read_report
 
-    out.print(runs_table(dict(zip(map(str, runs), of_each(runs, read_report), strict=True))))
+    common = os.path.commonpath([run.absolute().parent for run in runs])
+    names = [os.path.relpath(run, common) if len(set(runs)) > 1 else str(run) for run in runs]
+    out.print(runs_table(dict(zip(names, of_each(runs, read_report), strict=True))))
 
 
 @app.command(rich_help_panel="Before")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from vpdeploy import run_folder
-from vpdeploy.errors import RunFolderError
+from vpdeploy.errors import RunFolderError, VpdeployError
 from vpdeploy.measure.factors import factors
 from vpdeploy.measure.statistics import paired_difference
 from vpdeploy.recipe.paths import relative_to
 from vpdeploy.recipe.writing import dump_recipe
-from vpdeploy.report.compare import About, compare, prompt_pairs
+from vpdeploy.report.compare import About, check_consistency, compare, figure_problems, prompt_pairs
 from vpdeploy.report.render import render
 from vpdeploy.stages import (
     Ledger,
@@ -44,6 +44,11 @@ def write_report(run: Path) -> Report:
             f"`vpdeploy bench {run}` first"
         )
     arms = {arm: run_folder.read_value(measurement_file(run, arm), Measurement) for arm in recipe.arms}
+    if wrong := [problem for arm, measured in arms.items() for problem in figure_problems(arm, measured)]:
+        raise RunFolderError(
+            f"{run}: what was measured contradicts itself; run `vpdeploy run {run / 'recipe.toml'} -o {run} --redo bench` to "
+            "measure again:" + "".join(f"\n  {problem}" for problem in wrong)
+        )
     others = [arm for arm in arms if arm != "dense"]
     pruned = [arm for arm in arms if arm.startswith("pruned")]
     command, trained_in = _noted(environment_file(run))
@@ -77,12 +82,17 @@ def write_report(run: Path) -> Report:
 def read_report(run: Path) -> Report:
     """What `vpdeploy report` wrote.
 
-    Raises: RunFolderError when there is none, or it is damaged.
+    Raises: RunFolderError when there is none, or it is damaged, or contradicts itself.
     """
     read_recipe(run)
     again = f"run `vpdeploy report {run}`"
     path = run / "report.json"
-    return run_folder.load(Report, run_folder.read_bytes(path, again=again), where=str(path), again=again)
+    found = run_folder.load(Report, run_folder.read_bytes(path, again=again), where=str(path), again=again)
+    try:
+        check_consistency(found)
+    except VpdeployError as e:
+        raise RunFolderError(f"{path}: {e}") from e
+    return found
 
 
 def _noted(path: Path) -> tuple[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vpdeploy import run_folder
-from vpdeploy.errors import RecipeError
+from vpdeploy.errors import BudgetError, RecipeError
 from vpdeploy.pipeline import run, search_only
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
@@ -32,7 +32,7 @@ def sweep(
     where it stopped.
 
     Raises: RecipeError for amounts that are out of range, or that the recipe's limits contradict; BudgetError for one that cannot
-    be reached.
+    be reached: before anything is trained where that is known then, otherwise after all others are done.
     """
     _check(kind, amounts)
     found = (folder / SHARED / "found.safetensors").resolve()
@@ -42,6 +42,8 @@ def sweep(
         search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
         reports: dict[str, Report] = {}
         commands: dict[str, str] = {}
+        missed: dict[float, str] = {}
+        made: Sweep | None = None
         for amount, of_point in recipes.items():
             name = f"{kind}-{_written(amount)}"
             path = folder / name
@@ -52,12 +54,24 @@ def sweep(
             if not (path / "stages.json").exists():
                 _begin_from(folder / SHARED, path)
             display.say(f"{kind} {amount:g}:")
-            reports[name] = run(of_point, path, command=commands[name], display=display)
+            try:
+                reports[name] = run(of_point, path, command=commands[name], display=display)
+            except BudgetError as e:  # what only measuring tells: the other points are none the worse
+                display.say(f"{kind} {amount:g}: not reached")
+                missed[amount] = str(e)
+                continue
             made = sweep_of(reports, commands)
             pages = render_sweep(made)
             run_folder.write_value(folder / "sweep.json", made)
             run_folder.write_bytes(folder / "sweep.md", pages.markdown.encode())
             run_folder.write_bytes(folder / "sweep.html", pages.html.encode())
+    if made is None or missed:
+        told = "".join(f"\n  {amount:g}: {reason}" for amount, reason in missed.items())
+        stands = f"; the others are in {folder / 'sweep.html'}" if made else ""
+        raise BudgetError(
+            f"--{kind.replace('_', '-')}: {len(missed)} of {len(amounts)} could not be reached{stands}; leave them out, or "
+            f"ask as told:{told}"
+        )
     return made
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, settings
 
-from vpdeploy import run_folder
+from vpdeploy import run_folder, sweeping
+from vpdeploy.errors import BudgetError
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.sweeping import _at, _begin_from
 from vpdeploy.values import Report, Sweep
@@ -100,6 +101,28 @@ def test_a_point_out_of_reach_is_told_before_anything_is_trained(capsys, tmp_pat
     done = here(capsys, *words)
     assert done.status == 1 and "budget.macs_ratio: got 0.001; the best reachable is " in done.err
     assert "epoch" not in done.err
+
+
+def test_a_point_that_only_measuring_refuses_leaves_the_others(swept, capsys, monkeypatch):
+    folder, original = swept[0], sweeping.run
+    pages = {path: path.read_bytes() for path in folder.glob("sweep.*")}
+
+    def run(recipe, path, **values):
+        if recipe.budget.requested == 0.7:
+            raise BudgetError("budget.macs_ratio: got 0.7; the best reachable is 0.9")
+        return original(recipe, path, **values)
+
+    monkeypatch.setattr(sweeping, "run", run)
+    try:
+        done = here(capsys, *sweep_into(folder))
+        points = json.loads((folder / "sweep.json").read_bytes())["points"]
+    finally:
+        for path, content in pages.items():  # other tests read them
+            path.write_bytes(content)
+    assert done.status == 1 and done.out == ""
+    assert f"--macs-ratio: 1 of 2 could not be reached; the others are in {folder / 'sweep.html'}" in done.err
+    assert "0.7: budget.macs_ratio: got 0.7; the best reachable is 0.9" in done.err
+    assert [point["requested"] for point in points if point["budget"] == "macs_ratio"] == [0.4]
 
 
 def test_a_point_that_was_stopped_as_it_began_goes_on(swept, tmp_path):

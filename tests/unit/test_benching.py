@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vpdeploy import cli
+from vpdeploy import benching, cli
 from vpdeploy.benching import bench_files
 from vpdeploy.errors import VpdeployError
 from vpdeploy.recipe.reading import bench_table
@@ -114,6 +114,30 @@ def test_a_batch_that_no_memory_holds_is_refused(tmp_path):
         bench_files([path], table=QUICK.model_copy(update={"batches": (4,)}), image_size=(16000, 16000))
 
 
+def test_what_is_known_beforehand_costs_no_measurement(tmp_path, monkeypatch):
+    monkeypatch.setattr(benching, "measure_latency", lambda *args, **values: pytest.fail("it was measured"))
+    path = model(tmp_path / "a.onnx")
+    both = QUICK.model_copy(update={"engines": ("onnxruntime-cpu", "torch-eager")})
+    with pytest.raises(VpdeployError, match="engine torch-eager: runs torch modules, and a file of itself holds none"):
+        bench_files([path], table=both, image_size=(8, 9))
+    with pytest.raises(VpdeployError, match="a batch of 100000000 images of 3 x 8 x 9 takes"):
+        bench_files([path], table=QUICK.model_copy(update={"batches": (1, 10**8)}), image_size=(8, 9))
+
+
+def test_times_are_told_though_memory_cannot_be_measured(tmp_path, monkeypatch):
+    """OpenVINO runs files that ONNX Runtime does not."""
+
+    def fails(*args, **values):
+        raise VpdeployError("a.onnx: the process ended")
+
+    said = []
+    monkeypatch.setattr(benching, "measure_memory", fails)
+    made = bench_files([model(tmp_path / "a.onnx")], table=QUICK, image_size=(8, 9), say=said.append)
+    (found,) = made.files.values()
+    assert found.latency and found.memory == ()
+    assert said[-1] == "warning: memory and start are not known: a.onnx: the process ended"
+
+
 def test_all_that_is_wrong_with_the_options_is_told_at_once():
     with pytest.raises(VpdeployError) as caught:
         bench_table({"engines": ("tvm",), "batches": (0,), "seconds": -1.0}, base=BenchTable())
@@ -141,17 +165,18 @@ def test_the_command_prints_one_object(pair, capsys):
 
 
 @pytest.mark.parametrize(
-    ("axes", "kind", "shape"),
+    ("axes", "kind", "size", "shape"),
     [
-        (("n", "h", "w", 3), TensorProto.FLOAT, (8, 9, 3)),
-        (("n", 3, "h", "w"), TensorProto.UINT8, (3, 8, 9)),
-        ((-1, 3, -1, -1), TensorProto.FLOAT, (3, 8, 9)),  # as some exporters write "any"
-        (("n", 3, 8, 3), TensorProto.FLOAT, (3, 8, 3)),
+        (("n", "h", "w", 3), TensorProto.FLOAT, (8, 9), (8, 9, 3)),
+        (("n", 3, "h", "w"), TensorProto.UINT8, (8, 9), (3, 8, 9)),
+        ((-1, 3, -1, -1), TensorProto.FLOAT, (8, 9), (3, 8, 9)),  # as some exporters write "any"
+        (("n", 3, 8, 3), TensorProto.FLOAT, None, (3, 8, 3)),
+        (("n", 3, "h", 3), TensorProto.FLOAT, (8, 3), (3, 8, 3)),  # colours are where the form has them
+        (("n", 3, "w", 3), TensorProto.UINT8, (3, 8), (3, 8, 3)),
     ],
 )
-def test_images_are_laid_out_as_the_file_says(tmp_path, axes, kind, shape):
+def test_images_are_laid_out_as_the_file_says(tmp_path, axes, kind, size, shape):
     path = model(tmp_path / "a.ONNX", axes=axes, kind=kind)
-    size = None if axes[3] == 3 and axes[1] == 3 else (8, 9)
     made = bench_files([path], table=QUICK, image_size=size)
     assert made.image_shape == shape and [row.batch for row in made.files[str(path)].latency] == [1, 4]
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,10 @@ def test_help_of_a_command_tells_what_it_does_and_takes(capsys, command):
         ["report", "a", "--min-speedup", "nan"],
         ["report", "a", "--max-latency-ms", "nan"],
         ["bench", "a.onnx", "--image-size", "16"],
+        ["report", "run", "--min-speedup", "nan"],
+        ["report", "run", "--max-drop", "inf"],
+        ["report", "run", "--max-latency-ms", "-1"],
+        ["report", "run", "--max-latency-ms", "inf"],
     ],
     ids=" ".join,
 )
@@ -326,6 +333,27 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(cli, "load_recipe", interrupted)
     done = here(capsys, "check", QUICKSTART)
     assert (done.status, done.out) == (130, "")
+    assert done.err == "interrupted; every finished epoch is on disk: the same command goes on from there\n"
+
+
+def test_sigterm_cleans_up_and_says_how_to_go_on(monkeypatch, capsys):
+    """As build servers and ``timeout`` send it."""
+    cleaned = []
+
+    def terminated(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "load_recipe", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done = here(capsys, "check", QUICKSTART)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.status, done.out, cleaned) == (143, "", [True])
     assert done.err == "interrupted; every finished epoch is on disk: the same command goes on from there\n"
 
 

@@ -68,13 +68,14 @@ class Graph:
         return True
 
     def terms(self) -> list[Term]:
-        """The bytes of all constants, as they follow the widths."""
+        """The bytes of all constants, as they follow the widths. What follows none is told by its own name."""
         terms = []
         for tensor in self.model.graph.initializer:
             array = numpy_helper.to_array(tensor)
             places = self.axes[tensor.name]
             fixed = [size for size, place in zip(array.shape, places, strict=True) if place is None]
-            owner = next((place[0].rpartition(".")[0] for place in places if place is not None), "")
+            bare = tensor.name.removeprefix("backbone.")
+            owner = next((place[0].rpartition(".")[0] or place[0] for place in places if place is not None), bare)
             axes = tuple(place for place in places if place is not None)
             terms.append(Term(owner, float(array.itemsize * np.prod(fixed, dtype=float)), axes))
         return terms

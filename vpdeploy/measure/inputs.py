@@ -70,7 +70,8 @@ def input_of(path: Path) -> FileInput:
         got = "no tensor"
         if kind.elem_type:
             name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
-            got = f"{name} {['any' if axis is None else axis for axis in axes]}"
+            shape = [("any" if axis is None else axis) for axis in axes] if kind.HasField("shape") else "of any shape"
+            got = f"{name} {shape}"
         raise VpdeployError(
             f"{path}: its input {given[0].name!r} is {got}; expected uint8 or float, [n, h, w, 3] or [n, 3, h, w]"
         )
@@ -120,17 +121,22 @@ def check_batch(path: Path, taken: FileInput, batch: int) -> None:
         raise VpdeployError(f"{path}: takes batches of {taken.axes[0]} only, got {batch}; ask for that with --batch")
 
 
+def check_size(image_shape: Sequence[int], form: str, batch: int) -> None:
+    """Raises: VpdeployError for a batch of more than MAX_BYTES."""
+    if (size := batch * math.prod(image_shape) * DTYPES[form].itemsize) > MAX_BYTES:
+        raise VpdeployError(
+            f"bench: a batch of {batch} images of {' x '.join(map(str, image_shape))} takes {size / 2**30:.1f} GiB; expected at "
+            f"most {MAX_BYTES // 2**30}: lower the batch or the image size"
+        )
+
+
 def random_images(form: str, image_shape: Sequence[int], *, batch: int, seed: int) -> NDArray[Any]:
     """Input of the form's type and range: [batch, *image_shape]; uint8, or float32 in [0, 1).
 
     Raises: VpdeployError beyond MAX_BYTES.
     """
+    check_size(image_shape, form, batch)
     generator, shape = np.random.default_rng(seed), (batch, *image_shape)
-    if (size := math.prod(shape) * DTYPES[form].itemsize) > MAX_BYTES:
-        raise VpdeployError(
-            f"bench: a batch of {batch} images of {' x '.join(map(str, image_shape))} takes {size / 2**30:.1f} GiB; expected at "
-            f"most {MAX_BYTES // 2**30}: lower the batch or the image size"
-        )
     if form == "uint8":
         return generator.integers(0, 256, shape, np.uint8)
     return generator.random(shape, np.float32)

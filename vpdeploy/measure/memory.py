@@ -39,7 +39,7 @@ def measure_memory(path: Path, *, form: str, image_shape: Sequence[int], batch: 
         lines = done.stderr.strip().splitlines() or ["nothing on stderr"]
         raise VpdeployError(
             f"{path}: the process that measures memory ended with status {done.returncode}; expected a model that "
-            f"ONNX Runtime can run and enough memory for batch {batch}. It said: " + "\n".join(lines[-5:])
+            f"ONNX Runtime can run and enough memory for batch {batch}. It said: {lines[-1].strip()}"
         )
     read = json.loads(done.stdout.splitlines()[-1])
     return Memory(form, threads, batch, **read)

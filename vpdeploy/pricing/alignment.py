@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from vpdeploy.values import ChannelGroup
 MULTIPLES = (1, 4, 8, 16, 32)
 COARSE = 0.1  # of the MACs in one step of half of the groups: budgets in between would hardly be met
 NEARLY_BEST = 0.97  # of the best multiple's speed: the smallest that has it leaves the most choice
+MOST_BYTES = 2**16  # of a file in the cache
 SWEPT = 0.1  # seconds of each network: multiples differ by hundredths
 
 
@@ -51,11 +53,9 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
     about.append([network.cost.macs(row) for row in rows.values()])
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "alignment" / f"{key}.json"
-    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-        speeds = json.loads(path.read_bytes())["speeds"]
-        speeds = {k: float(speed) for k, speed in speeds.items()}
-        if list(speeds) == [str(k) for k in MULTIPLES] and min(speeds.values()) > 0 and max(speeds.values()) == 1:
-            return speeds
+    of = {"target": target_text(network.recipe), "machine": machine()}
+    if (kept := _kept(path, of)) is not None:
+        return kept
     with ThreadPoolExecutor(2) as pool:  # one is planned while another is written
         subjects = dict(zip(rows, pool.map(target.candidates.subject, rows.values()), strict=True))
     timed = target.glance(subjects, seconds=SWEPT)
@@ -68,8 +68,21 @@ def speeds_of(target: Target, network: Network) -> dict[str, float]:
         return speeds
     with suppress(RunFolderError, OSError):  # a home that cannot be written to: it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(path, {"speeds": speeds, "target": target_text(network.recipe), "machine": machine()})
+        run_folder.write_json(path, {"speeds": speeds, **of})
     return speeds
+
+
+def _kept(path: Path, of: Mapping[str, object]) -> dict[str, float] | None:
+    """What an earlier sweep ``of`` this target and machine left; None where nothing of use is there: it is measured again."""
+    with suppress(OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError):
+        if path.stat().st_size > MOST_BYTES:
+            return None
+        found = json.loads(path.read_bytes())
+        speeds = {k: float(speed) for k, speed in found["speeds"].items()}
+        good = list(speeds) == [str(k) for k in MULTIPLES] and all(0 < speed <= 1 for speed in speeds.values())
+        if good and max(speeds.values()) == 1 and all(found[key] == value for key, value in of.items()):
+            return speeds
+    return None
 
 
 def _about_half(network: Network, round_to: int) -> Array:

@@ -65,7 +65,9 @@ def price(work: Workbench, groups: ChannelGroups) -> Price:
             if recipe.budget.reads_target:
                 raise
             work.display.say(f"latency and memory of narrower networks cannot be measured: {e}")
-        made = replace(made, table=table_of(made, network))
+        # The same in the form that the budget speaks of: its prompt and certificate are as large.
+        dense_file = dense_mib - candidates.whole.stat().st_size / MIB + candidates.dense_mib()
+        made = replace(made, table=table_of(made, network, dense_file=dense_file))
         made = replace(made, table_seconds=round(time.perf_counter() - began, 2))
         work.display.say(reach_text(made))
         made = _with_costs(made, target, network)
@@ -165,9 +167,15 @@ def check_reachable(work: Workbench, groups: ChannelGroups, priced: Price, budge
         if row.smallest > limit * (1 + GLANCED * (kind in MEASURED)):
             best = shown(row.smallest / (row.dense if is_ratio(kind) else 1.0))
             more = "no ratio can be met" if is_ratio(kind) and row.smallest > row.dense else "ask for more"
-            key = f"budget.{kind}" if kind == budget.kind else f"budget.limits.{kind}"
+            key, network = (
+                f"budget.{kind}" if kind == budget.kind else f"budget.limits.{kind}",
+                Network.of(work, groups),
+            )
+            known = quantity_of(kind) in priced.costs
+            made_of = what_stops(kind, network.narrowest(priced.round_to), priced, network) if known else ""
             raise BudgetError(
-                f"{key}: got {amount:g}; the narrowest network has {best}, measured on {priced.target}: {more}"
+                f"{key}: got {amount:g}; the narrowest network has {best}, measured on {priced.target} (with round_to = "
+                f"{priced.round_to}, max_removal = {budget.max_removal:g}){made_of}; {more}"
             )
     if FORMULAS.issuperset(asked):
         other = replace(work, recipe=work.recipe.model_copy(update={"budget": budget}))

@@ -8,6 +8,7 @@ from vpdeploy.pricing.network import Network
 from vpdeploy.report.sheets import reach
 from vpdeploy.scoring.select import is_ratio
 from vpdeploy.surgery.cost import Array, quantity_of
+from vpdeploy.surgery.shapes import Shapes
 from vpdeploy.values import Price, Reach, Term
 
 
@@ -19,7 +20,8 @@ def reach_text(priced: Price) -> str:
     return "\n".join([f"what can be reached on {priced.target}:", *lines, f"  ({sheet.caption})"])
 
 
-def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
+def table_of(priced: Price, network: Network, *, dense_file: float) -> tuple[Reach, ...]:
+    """dense_file: MiB of the dense network's file as it ships."""
     budget, cost = network.recipe.budget, network.cost
     amounts, narrowest = budget.limits.given, network.narrowest(priced.round_to)
     if not is_ratio(budget.kind):
@@ -32,7 +34,8 @@ def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
         "file_mib": network.shapes.sum_of(priced.costs["file_mib"]).at,
     }
     dense = cost.dense_widths
-    rows = {name: (formula(narrowest), priced.dense.get(name, formula(dense))) for name, formula in formulas.items()}
+    rows = {name: (formula(narrowest), formula(dense)) for name, formula in formulas.items()}
+    rows["file_mib"] = (rows["file_mib"][0], dense_file)
     rows |= {name: (least, priced.dense[name]) for name, least in priced.least.items()}
     if (narrowest == dense).all():  # measured twice, or with room for what an export may add
         rows = {name: (whole, whole) for name, (_, whole) in rows.items()}
@@ -44,7 +47,7 @@ def table_of(priced: Price, network: Network) -> tuple[Reach, ...]:
 
 
 REST = {
-    "macs_ratio": "products of two computed tensors, as in attention,",
+    "macs_ratio": "products that no layer makes (attention's, a bare parameter's)",
     "params_ratio": "biases, norms and the like",
     "latency_ms": "what is no layer (sums, pools, layouts)",
     "file_mib": "the graph, its metadata and the prompt",
@@ -77,8 +80,23 @@ def _parts(kind: str, widths: Array, priced: Price, network: Network) -> dict[st
             layer.module: counted(layer) * float(np.prod(layer.lengths(widths) / layer.lengths(dense)))
             for layer in shapes.layers
         }
+        if kind == "params_ratio":
+            of_layers |= _bare(shapes, widths, most=total - sum(of_layers.values()))
         return {**of_layers, "": total - sum(of_layers.values())}
-    by_module: dict[str, list[Term]] = {}
+    by_module: dict[str, list[Term]] = {}  # of a file, what no width changes has a name of its own
     for term in priced.costs[quantity_of(kind)]:
         by_module.setdefault(term.module, []).append(term)
     return {module: shapes.sum_of(terms).at(widths) for module, terms in by_module.items()}
+
+
+def _bare(shapes: Shapes, widths: Array, *, most: float) -> dict[str, float]:
+    """Entries of tensors of two axes or more that are no layer's weight, by name; none that holds more than ``most`` (a buffer is
+    no parameter).
+    """
+    weights = {layer.weight for layer in shapes.layers}
+    entries = {
+        name: float(np.prod([constant + float(share @ widths) for share, constant in axes]))
+        for name, axes in shapes.tensors.items()
+        if len(axes) > 1 and name not in weights
+    }
+    return {name: count for name, count in entries.items() if count <= most}

@@ -33,7 +33,8 @@ def bounds(
     if arm is None:
         return [Bound(False, "no arm but dense is in the report; add pruned to compare.arms")]
     found: list[Bound] = []
-    where = "" if at is None else f" ({describe(at)}{_unless_steady(report, arm, at)})"
+    measured = at is not None and latency_at(report.arms[arm], at) is not None
+    where = "" if at is None else f" ({describe(at)}{_unless_steady(report, arm, at) if measured else ''})"
     if min_speedup is not None:
         faster = factor_at(report, arm, at)
         got = "not measured" if faster is None else f"{factor(faster.factor)}, 95 % {factor_range(faster.interval)}"

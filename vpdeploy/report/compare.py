@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from vpdeploy.errors import VpdeployError
 from vpdeploy.values import (
     AccuracyDifference,
@@ -98,11 +100,36 @@ def _problems(report: Report) -> Iterator[str]:
     if set(report.prompt_difference) != set(paired):
         yield f"prompt_difference: got {sorted(report.prompt_difference)}; expected {sorted(paired)}"
         return
+    wrong = [problem for name, arm in report.arms.items() for problem in figure_problems(name, arm)]
+    if wrong:
+        yield from wrong
+        return
     for name in names[1:]:
         yield from _accuracy_problems(report, name, "dense", field="accuracy_difference")
         yield from _factor_problems(name, report)
     for name, without in paired.items():
         yield from _accuracy_problems(report, name, without, field="prompt_difference")
+
+
+def figure_problems(name: str, arm: Measurement) -> Iterator[str]:
+    """Figures of one arm that cannot be: amounts that are not above 0, and times that are not those of their samples."""
+    amounts = {"macs": arm.macs, "params": arm.params, **{f"file_bytes.{k}": v for k, v in arm.file_bytes.items()}}
+    yield from (
+        f"arms.{name}.{key}: got {value}; expected more than 0" for key, value in amounts.items() if not value > 0
+    )
+    for row in arm.latency:
+        key = f"arms.{name}.latency[{row.engine}, {row.form}, {row.threads} threads, batch {row.batch}]"
+        samples = np.asarray(row.samples_ms, float)
+        if not len(samples) or not bool((samples > 0).all()):
+            yield f"{key}.samples_ms: expected times above 0"
+            continue
+        figures = {"p50_ms": row.p50_ms, "p90_ms": row.p90_ms, "p95_ms": row.p95_ms, "p99_ms": row.p99_ms}
+        expected = [*np.percentile(samples, [50, 90, 95, 99]), 1000 * row.batch / samples.mean()]
+        for (figure, got), value in zip(
+            [*figures.items(), ("images_per_second", row.images_per_second)], expected, strict=True
+        ):
+            if not math.isclose(got, value, rel_tol=1e-9):
+                yield f"{key}.{figure}: got {got}; the samples beside it say {value:.6g}"
 
 
 def prompt_pairs(arms: Iterable[str]) -> dict[str, str]:

@@ -25,6 +25,11 @@ def headline(report: Report) -> Conditions | None:
     return None if best is None else best.conditions
 
 
+def engine_of(at: Conditions) -> str:
+    """With its precision, where that is not the usual one."""
+    return at.engine if at.precision == "fp32" else f"{at.engine}, {at.precision}"
+
+
 def describe(at: Conditions) -> str:
     """The engine is not told where it is the usual one."""
     engine = "" if at.engine == USUAL_ENGINE else f"{at.engine}, "

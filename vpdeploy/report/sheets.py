@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm, memory_at
+from vpdeploy.report.headline import describe, engine_of, factor_at, headline, latency_at, main_arm, memory_at
 from vpdeploy.report.numbers import (
     NOTHING,
     amount,
@@ -119,7 +119,11 @@ def reach(price: Price, came: Mapping[str, float] | None = None) -> Sheet:
             figures = (row.smallest, row.requested, row.dense, *((came.get(row.quantity),) if came else ()))
             yield QUANTITIES[row.quantity], *(_quantity(row.quantity, figure) for figure in figures)
 
-    caption = f"Latency and memory on {price.target}. Widths are multiples of {price.round_to}"
+    asked = any(row.quantity == "file_mib" and row.requested is not None for row in price.table)
+    caption = (
+        f"Latency and memory, of one process, on {price.target}; the file in {'its larger' if asked else 'that'} form. "
+    )
+    caption += f"Widths are multiples of {price.round_to}; of a part of it in groups that are too narrow"
     if price.alignment:
         speeds = ", ".join(f"{multiple}: {speed:.2f}" for multiple, speed in price.alignment.items())
         caption += f"; MACs per millisecond of widths that are multiples of {speeds}, of the best"
@@ -155,7 +159,7 @@ def scenarios(report: Report) -> Sheet:
             for name, arm in report.arms.items():
                 single, offline = latency_at(arm, one), latency_at(arm, most)
                 yield (
-                    first.engine if first.precision == "fp32" else f"{first.engine}, {first.precision}",
+                    engine_of(first.conditions),
                     "end to end" if first.form == "uint8" else "backbone alone",
                     name,
                     str(first.threads),
@@ -181,7 +185,7 @@ def latencies(report: Report) -> Sheet:
                 if found is not None:
                     times = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms)
                     yield (
-                        found.engine if found.precision == "fp32" else f"{found.engine}, {found.precision}",
+                        engine_of(found.conditions),
                         found.form,
                         name,
                         str(found.batch),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from vpdeploy.report.headline import describe, factor_at, headline, latency_at, main_arm
+from vpdeploy.report.headline import describe, engine_of, factor_at, headline, latency_at, main_arm
 from vpdeploy.report.numbers import (
     NOTHING,
     amount,
@@ -90,7 +91,7 @@ def times_table(rows: Mapping[str, tuple[Iterable[Latency], Iterable[LatencyFact
             factored = faster.get(row.conditions)
             table.add_row(
                 _text(name, "" if row.steady else "unsteady"),
-                row.engine, row.form, str(row.batch), str(row.threads),
+                engine_of(row.conditions), row.form, str(row.batch), str(row.threads),
                 *(significant(value) for value in (row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.images_per_second)),
                 NOTHING if factored is None else _text(factor(factored.factor), factor_range(factored.interval)),
             )  # fmt: skip
@@ -100,8 +101,16 @@ def times_table(rows: Mapping[str, tuple[Iterable[Latency], Iterable[LatencyFact
 def _table(caption: str, *columns: str) -> Table:
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("file", "engine", "form", "run", "arm") else "right")
+        words = column in ("file", "engine", "form", "run", "arm")
+        # A name that is too long goes on in the next line: its end is what tells folders of one sweep apart.
+        table.add_column(column, justify="left" if words else "right", overflow="fold" if words else "ellipsis")
     return table
+
+
+def _data_of(report: Report) -> tuple[str, str]:
+    """The name of the data set, and where it is."""
+    table = tomllib.loads(report.recipe).get("data", {})
+    return str(table.get("name", "")), str(table.get("root", ""))
 
 
 def runs_table(reports: Mapping[str, Report]) -> Table:
@@ -113,10 +122,14 @@ def runs_table(reports: Mapping[str, Report]) -> Table:
     at = next((row.conditions for row in first.arms["dense"].latency if row.conditions in shared), None)
     at = headline(first) if headline(first) in shared else at
     cpus = {str(report.environment.get("machine", {}).get("cpu")) for report in reports.values()}
+    tests = {(*_data_of(report), report.arms["dense"].n) for report in reports.values()}
     where = "no conditions that all were measured under" if at is None else describe(at)
-    caption = f"latency: {where}" + (
-        "" if len(cpus) == 1 else f"; measured on different machines: {', '.join(sorted(cpus))}"
-    )
+    caption = f"latency: {where}"
+    if len(cpus) > 1:
+        caption += f"; measured on different machines: {', '.join(sorted(cpus))}"
+    if len(tests) > 1:
+        told = ", ".join(f"{n} of {' '.join(filter(None, data))}" for *data, n in sorted(tests))
+        caption += f"; accuracies are of different test images ({told}) and cannot be compared"
     table = _table(caption, *("run", "arm", "top-1", "Δ points", "MACs", "params", "MiB", "p50 ms", "faster"))
     for name, report in reports.items():
         arm = main_arm(report)

@@ -158,7 +158,7 @@ def test_a_file_that_openvino_cannot_read_is_told(tmp_path):
     needs("openvino-cpu")
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(VpdeployError, match=r"broken.onnx: OpenVINO .* cannot open it: .*; expected an exported model"):
+    with pytest.raises(VpdeployError, match=r"broken.onnx: OpenVINO .* cannot open it: .*; expected a whole ONNX file"):
         open_session(Subject(path), Setting("openvino-cpu"))
 
 

@@ -72,6 +72,7 @@ def test_a_multiple_is_tried_at_widths_that_are_no_better_ones_by_chance(tmp_pat
     below, above = alignment._about_half(network, 4)
     pairs = [alignment._odd_multiples(group, network, 4) for group in network.groups.prunable]
     assert [tuple(sorted(pair)) for pair in zip(below, above, strict=True)] == pairs
+    assert (below < above).any() and (below > above).any()  # neither network is the narrower one of all groups
 
 
 def test_a_sweep_of_multiples_that_was_not_steady_is_not_kept(tmp_path, monkeypatch):
@@ -88,10 +89,26 @@ def test_a_sweep_of_multiples_is_kept_for_the_machine_and_the_layers(tmp_path, m
     (kept,) = (tmp_path / "cache").rglob("*.json")
     again = workbench(tmp_path / "again", {"macs_ratio": 0.6, "round_to": "auto"})
     assert priced(again).alignment == first.alignment
-    for damaged in ("{", json.dumps({"speeds": dict.fromkeys(first.alignment, 0.5)})):  # measured again
+    whole = json.loads(kept.read_bytes())
+    speeds = {"1": 1.0, "4": 0.5, "8": 0.5, "16": 0.5, "32": 0.5}
+    assert alignment._kept(kept, {"machine": whole["machine"]}) == first.alignment
+    for number, damaged in enumerate(
+        [
+            "{",
+            "[" * 20000,  # deeper than Python recurses
+            json.dumps({**whole, "speeds": dict.fromkeys(speeds, 0.5)}),
+            json.dumps({**whole, "speeds": {**speeds, "4": float("nan")}}),
+            json.dumps({**whole, "speeds": {**speeds, "4": 10**400}}),
+            json.dumps({**whole, "speeds": speeds, "machine": {"cpu": "Intel 386"}}),
+            json.dumps({**whole, "speeds": speeds, "target": "openvino-cpu, 4 threads"}),
+            json.dumps({**whole, "speeds": speeds}) + " " * 2**16,
+        ]
+    ):
         kept.write_text(damaged)
-        third = priced(workbench(tmp_path / f"third {len(damaged)}", {"macs_ratio": 0.6, "round_to": "auto"}))
-        assert third.alignment.keys() == first.alignment.keys() and max(third.alignment.values()) == 1
+        assert alignment._kept(kept, {"machine": whole["machine"], "target": whole["target"]}) is None, number
+    third = priced(workbench(tmp_path / "third", {"macs_ratio": 0.6, "round_to": "auto"}))  # measured again
+    assert third.alignment.keys() == first.alignment.keys() and third.alignment != speeds
+    assert json.loads(kept.read_bytes())["speeds"] == third.alignment
     monkeypatch.setattr(alignment, "machine", lambda: {"cpu": "Another CPU"})
     priced(workbench(tmp_path / "fourth", {"macs_ratio": 0.6, "round_to": "auto"}))
     assert len([*(tmp_path / "cache").rglob("*.json")]) == 2

@@ -14,11 +14,11 @@ from rich.console import Console
 from vpdeploy.errors import VpdeployError
 from vpdeploy.measure.latency import summarise
 from vpdeploy.report.bounds import bounds
-from vpdeploy.report.compare import About, check_consistency, compare
+from vpdeploy.report.compare import About, check_consistency, compare, figure_problems
 from vpdeploy.report.numbers import amount, percent, points, significant, tiny
 from vpdeploy.report.render import fenced, markdown_text, render
 from vpdeploy.report.sheets import last_epochs
-from vpdeploy.report.table import comparison_table, runs_table
+from vpdeploy.report.table import comparison_table, runs_table, times_table
 from vpdeploy.report.verdict import prompt_effect, verdicts
 from vpdeploy.values import (
     AccuracyDifference,
@@ -184,6 +184,34 @@ def test_every_contradiction_is_told_at_once(report):
         "interval",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"macs": 0}, "arms.pruned.macs: got 0; expected more than 0"),
+        ({"params": -1}, "arms.pruned.params: got -1; expected more than 0"),
+        ({"file_bytes": {"float": 0}}, "arms.pruned.file_bytes.float: got 0; expected more than 0"),
+    ],
+)
+def test_amounts_are_above_nothing(report, change, told):
+    wrong = replace(report.arms["pruned"], **change)
+    assert list(figure_problems("pruned", report.arms["pruned"])) == []
+    assert list(figure_problems("pruned", wrong)) == [told]
+    with pytest.raises(VpdeployError, match=re.escape(told)):
+        check_consistency(replace(report, arms={**report.arms, "pruned": wrong}))
+
+
+@pytest.mark.parametrize("figure", ["p50_ms", "p90_ms", "p95_ms", "p99_ms", "images_per_second"])
+def test_times_are_those_of_their_samples(report, figure):
+    arm = report.arms["pruned"]
+    first, *others = arm.latency
+    wrong = replace(arm, latency=(replace(first, **{figure: getattr(first, figure) / 10}), *others))
+    (told,) = figure_problems("pruned", wrong)
+    assert told.startswith(f"arms.pruned.latency[onnxruntime-cpu, float, 1 threads, batch 1].{figure}: got ")
+    for samples in ((), (1.0, 0.0), (1.0, float("nan"))):
+        (told,) = figure_problems("pruned", replace(arm, latency=(replace(first, samples_ms=samples), *others)))
+        assert told.endswith("samples_ms: expected times above 0")
 
 
 def test_a_latency_factor_without_its_latencies_is_a_contradiction(report):
@@ -489,6 +517,7 @@ def test_what_was_not_measured_meets_no_bound(report):
     bare = replace(bare, factors={name: replace(saved, latency_p50=()) for name, saved in bare.factors.items()})
     found = bounds(bare, min_speedup=0.1, max_latency_ms=1e9)
     assert [(bound.met, "not measured" in bound.line) for bound in found] == [(False, True)] * 2
+    assert not any("steady" in bound.line for bound in found)
     alone = replace(report, arms={"dense": report.arms["dense"]})
     assert [bound.met for bound in bounds(alone, max_drop=100.0)] == [False]
 
@@ -522,3 +551,30 @@ def test_runs_stand_side_by_side_at_conditions_that_all_share(report):
     assert "no conditions that all were measured under" in text
     other = replace(report, environment={"machine": {"cpu": "another"}})
     assert "measured on different machines: AMD EPYC, another" in shown(runs_table({"a": report, "b": other}))
+
+
+def test_runs_of_other_test_images_are_not_compared_without_a_word(report):
+    dense = report.arms["dense"]
+    fewer = replace(report, arms={**report.arms, "dense": replace(dense, n=100)})
+    elsewhere = replace(report, recipe=f'{report.recipe}\n[data]\nname = "digits"\n')
+    assert "test images" not in shown(runs_table({"a": report, "b": report}))
+    assert "are of different test images (100 of " in shown(runs_table({"a": report, "b": fewer}))
+    assert "10000 of digits) and cannot be compared" in shown(runs_table({"a": report, "b": elsewhere}))
+
+
+def test_folders_of_one_sweep_are_told_apart(report):
+    """Their names differ at the end."""
+    names = [f"/a/long/path/to/some/folder/of/many/runs/macs_ratio-0.{digit}" for digit in (4, 7)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(runs_table(dict.fromkeys(names, report)))
+    lines = console.export_text().splitlines()
+    column = slice(1, lines[1].index("arm") - 1)
+    cells = "".join(line[column].strip() for line in lines)
+    assert all(name in cells for name in names)
+
+
+def test_a_precision_of_its_own_is_told_beside_the_engine(report):
+    dense = report.arms["dense"]
+    rows = (dense.latency[0], replace(dense.latency[0], precision="bf16"))
+    text = shown(times_table({"dense": (rows, ())}, first="arm"))
+    assert text.count("onnxruntime-cpu") == 2 and text.count("onnxruntime-cpu, bf16") == 1

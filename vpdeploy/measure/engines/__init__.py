@@ -35,6 +35,12 @@ def check_engine(setting: Setting) -> None:
         check_torch(setting)
 
 
+def check_subject(subject: Subject, setting: Setting) -> None:
+    """Raises: EngineError for a file of itself where the engine runs torch modules; nothing is opened."""
+    if _family(setting.engine) == "torch":
+        subject.check_module(setting)
+
+
 def settings_kept(setting: Setting) -> AbstractContextManager[None]:
     """Within it sessions may be opened and run; what an engine sets for the whole process is as it was afterwards."""
     if _family(setting.engine) != "torch":

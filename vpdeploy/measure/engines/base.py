@@ -57,12 +57,17 @@ class Subject:
 
     def network(self, setting: Setting) -> nn.Module:
         """Raises: EngineError without a module."""
+        self.check_module(setting)
+        assert self.module is not None
+        return self.module()
+
+    def check_module(self, setting: Setting) -> None:
+        """Raises: EngineError without one."""
         if self.module is None:
             raise EngineError(
                 f"engine {setting.engine}: runs torch modules, and a file of itself holds none; expected a run folder, or one "
                 "of the engines that run files: onnxruntime-cpu, onnxruntime-cuda, onnxruntime-tensorrt, openvino-cpu"
             )
-        return self.module()
 
 
 class Run(Protocol):

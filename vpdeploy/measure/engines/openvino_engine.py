@@ -94,7 +94,8 @@ def _compiled(path: Path, setting: Setting, **more: str) -> Any:
         return ov.Core().compile_model(str(path), "CPU", config)
     except RuntimeError as e:
         raise VpdeployError(
-            f"{path}: OpenVINO {ov.__version__} cannot open it: {_first_line(e)}; expected an exported model, opset 18 to 21"
+            f"{path}: OpenVINO {ov.__version__} cannot open it: {_first_line(e)}; expected a whole "
+            "ONNX file of operations that it has"
         ) from e
 
 
