@@ -1,7 +1,9 @@
 """The paper's comparison: a grid of methods, budgets and seeds from a TOML file, run by run, in one tidy table.
 
     uv run python benchmarks/paper.py run GRID.toml -o OUT [--only vpns,random] [--minutes 8] [--jobs 2] [--test]
-    uv run python benchmarks/paper.py table OUT [--against vpns]
+    uv run python benchmarks/paper.py table OUT [--against vpns] [--test]
+    uv run python benchmarks/paper.py times GRID.toml -o OUT      # of the first seed's networks; nothing else may run
+    uv run python benchmarks/paper.py figures OUT [--test]
 
 A grid holds ``epochs`` (of search and tuning together, the same for every method), ``seeds``, ``[budgets]``, a ``[recipe]`` that
 all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Runs that are done are skipped; one that was cut off goes
@@ -238,6 +240,50 @@ def _test_images(work: Workbench) -> Images:
     )  # fmt: skip
 
 
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def measure_times(grid_file: Path, out: Path, *, seconds: float) -> None:
+    """Of the networks that the first seed left: each exported and timed beside its dense one, on ONNX Runtime's CPU with one thread
+    at batch 1. Leaves out/times.json: name of the run -> dense over pruned, and its interval.
+    """
+    from importlib.metadata import version
+
+    from vpdeploy.benching import bench_files
+    from vpdeploy.deploy.bake import bake
+    from vpdeploy.deploy.onnx_file import to_onnx
+    from vpdeploy.deploy.session import describe
+    from vpdeploy.progress import Display
+    from vpdeploy.recipe.tables import BenchTable
+    from vpdeploy.values import Tuned
+    from vpdeploy.workbench import open_workbench, read_dense, read_tuned
+
+    grid, path = read_grid(grid_file), out / "times.json"
+    times: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for cell in cells({**grid, "seeds": grid["seeds"][:1]}):
+        folder = folder_of(cell, out)
+        if cell.name in times or not (folder / "pruned.safetensors").exists():
+            continue
+        recipe = recipe_of(grid_file, cell)
+        work = open_workbench(recipe, folder, redo=None, display=Display(quiet=True))
+        dense = read_dense(work)
+        networks = {"dense": Tuned(dense.backbone, {}, dense.label_map), "pruned": read_tuned(work, "pruned")}
+        files = []
+        for arm, network in networks.items():
+            about = describe(recipe, arm=arm, form="float", classes=work.source.classes, version=version("vpdeploy"))
+            files.append(folder / f"{arm}.float.onnx")
+            deployable = bake(network, recipe=recipe, classifier=work.built.classifier, form="float")
+            to_onnx(deployable, files[-1], opset=recipe.export.opset, metadata=about)
+        table = BenchTable(batches=(1,), threads=(1,), seconds=seconds)
+        made = bench_files(files, table=table, image_size=None)
+        (row,) = made.files[str(files[1])].factors
+        times[cell.name] = {"factor": row.factor, "interval": row.interval}
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(times, indent=1))
+        partial.rename(path)
+        print(f"{cell.name}: {row.factor:.2f}x ({row.interval[0]:.2f} to {row.interval[1]:.2f})", flush=True)
+
+
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +417,55 @@ def difference(pairs: Sequence[float]) -> str:
     return f"{np.mean(pairs):+.2f} ({np.mean(pairs) - half:+.2f} to {np.mean(pairs) + half:+.2f})"
 
 
+def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
+    """Accuracy against MACs ratio, both channel ratios and measured time; what each method took. Means and deviations over seeds;
+    svg files in ``out``/figures.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    top1 = (lambda row: row.top1_test) if test else (lambda row: row.top1_val)
+    path = out / "times.json"
+    times = json.loads(path.read_text()) if path.exists() else {}
+    methods = list(dict.fromkeys(row.method for row in rows))
+    (out / "figures").mkdir(exist_ok=True)
+
+    def faster(row: Row) -> float:
+        found = [
+            t["factor"] for name, t in times.items() if name.startswith(f"{row.method}-{row.budget}-{row.ratio:g}-")
+        ]
+        return found[0] if found else math.nan
+
+    axes: dict[str, tuple[str, Callable[[Row], float]]] = {
+        "macs": ("MACs ratio (what remains)", lambda row: row.macs_ratio),
+        "channels": ("channel ratio, each group's channels once", lambda row: row.channel_ratio),
+        "layers": ("channel ratio, the outputs of all layers", lambda row: row.layer_ratio),
+        "time": ("times faster than dense", faster),
+        "cost": ("CPU minutes of search and tuning", lambda row: row.cpu_minutes_search + row.cpu_minutes_tune),
+    }
+    for name, (label, of) in axes.items():
+        figure, panel = pyplot.subplots(figsize=(6, 4))
+        for number, method in enumerate(methods):
+            points = []
+            for budget, ratio in sorted({(row.budget, row.ratio) for row in rows if row.method == method}):
+                own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
+                values = [100 * top1(row) for row in own]
+                points.append((np.mean([of(row) for row in own]), np.mean(values), np.std(values)))
+            x, y, spread = np.array(sorted(points)).T
+            panel.errorbar(
+                x, y, yerr=spread, label=method, marker="osD^vPX*"[number % 8], markersize=4, capsize=2, lw=1
+            )
+        panel.set_xlabel(label)
+        panel.set_ylabel(f"top-1 on {'test' if test else 'validation'} images, %")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, ncols=2)
+        figure.tight_layout()
+        figure.savefig(out / "figures" / f"{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -385,15 +480,25 @@ def main() -> None:
             command.add_argument("--jobs", type=int, default=1)
         else:
             command.add_argument("--name", required=True)
-    command = commands.add_parser("table")
-    command.add_argument("out", type=Path)
-    command.add_argument("--against")
-    command.add_argument("--test", action="store_true")
+    for name in ("table", "figures"):
+        command = commands.add_parser(name)
+        command.add_argument("out", type=Path)
+        command.add_argument("--test", action="store_true")
+        if name == "table":
+            command.add_argument("--against")
+    command = commands.add_parser("times")
+    command.add_argument("grid", type=Path)
+    command.add_argument("-o", "--out", type=Path, required=True)
+    command.add_argument("--seconds", type=float, default=1.0)
     args = parser.parse_args()
     if args.command == "table":
         rows = read_rows(args.out, test=args.test)
         write_csv(rows, args.out / "results.csv")
         print_table(rows, against=args.against, test=args.test)
+    elif args.command == "figures":
+        draw(read_rows(args.out, test=args.test), args.out, test=args.test)
+    elif args.command == "times":
+        measure_times(args.grid, args.out, seconds=args.seconds)
     elif args.command == "cell":
         (cell,) = [cell for cell in cells(read_grid(args.grid)) if cell.name == args.name]
         write_row(run_cell(args.grid, cell, args.out, test=args.test), row_file(cell, args.out, test=args.test))

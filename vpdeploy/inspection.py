@@ -19,7 +19,7 @@ from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.build import build, check_forward
 from vpdeploy.models.named import model_from
 from vpdeploy.recipe.tables import BudgetTable, Recipe
-from vpdeploy.scoring.select import allowed_widths
+from vpdeploy.scoring.select import allowed_widths, most_removed
 from vpdeploy.surgery.cost import CostModel, cost_of
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, groups_of
@@ -134,7 +134,8 @@ def _narrowest(group: ChannelGroup, budget: BudgetTable) -> int:
     if group.status == "excluded":
         return group.width
     round_to = 1 if budget.round_to == "auto" else budget.round_to  # the narrowest that any multiple allows
-    return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=budget.max_removal)[0]
+    most = most_removed(group.root, max_removal=budget.max_removal, caps=budget.caps)
+    return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=most)[0]
 
 
 def _rows(groups: ChannelGroups, cost: CostModel, narrowest: np.ndarray) -> list[InspectedGroup]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vpdeploy.recipe.tables import Recipe
-from vpdeploy.scoring.select import STEPS, allowed_widths
+from vpdeploy.scoring.select import STEPS, allowed_widths, most_removed
 from vpdeploy.surgery.cost import Array, CostModel, cost_of
 from vpdeploy.surgery.groups import example_input
 from vpdeploy.surgery.shapes import Shapes, shapes_of
@@ -36,7 +36,8 @@ class Network:
 
     def allowed(self, group: ChannelGroup, round_to: int) -> list[int]:
         """The widths that ``group`` may have, ascending."""
-        most = self.recipe.budget.max_removal
+        budget = self.recipe.budget
+        most = most_removed(group.root, max_removal=budget.max_removal, caps=budget.caps)
         return allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=most, steps=self.steps)
 
     def typical_step(self, round_to: int) -> float:

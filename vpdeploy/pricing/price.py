@@ -195,6 +195,7 @@ def selector_at(priced: Price, network: Network) -> Selector:
         requested=table.requested,
         round_to=priced.round_to,
         max_removal=table.max_removal,
+        caps=table.caps,
         limits=table.limits.given,
         steps=network.steps,
         speed="latency_ms" if table.speed else None,

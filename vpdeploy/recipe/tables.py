@@ -325,6 +325,10 @@ class BudgetTable(Table):
     max_removal: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.9, description="largest share that any one group may lose; 4 outputs of a layer stay in any case"
     )
+    caps: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict,
+        description='largest share that certain groups may lose, by name or pattern, the first that fits: {"conv1" = 0.25, "layer1.*" = 0.25}',
+    )
     speed: bool = Field(
         default=False,
         description='beside a budget that is no time: of equally important channels those go first that take most milliseconds on [target] for each unit that the budget counts; needs search.score_init = "taylor"',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -96,6 +97,11 @@ def allowed_widths(width: int, *, unit: int = 1, round_to: int, max_removal: flo
     return [w for w in range(step, width, step) if w >= least] + [width]
 
 
+def most_removed(root: str, *, max_removal: float, caps: Mapping[str, float]) -> float:
+    """The largest share that the group ``root`` may lose: that of the first pattern in ``caps`` that fits, or ``max_removal``."""
+    return next((share for pattern, share in caps.items() if fnmatchcase(root, pattern)), max_removal)
+
+
 def build_selector(
     groups: Sequence[ChannelGroup],
     cost: CostModel,
@@ -104,23 +110,37 @@ def build_selector(
     requested: float,
     round_to: int,
     max_removal: float,
+    caps: Mapping[str, float] = MappingProxyType({}),
     limits: Mapping[str, float] = MappingProxyType({}),
     steps: int = STEPS,
     speed: str | None = None,
     stops: Callable[[str, Array], str] = lambda kind, widths: "",
 ) -> Selector:
     """Prepare selection among ``groups`` (the columns of ``cost``) for what may remain: ``requested`` of the dense network for a
-    ratio, otherwise in the budget's own unit. ``limits``: hard ones beside it, kind -> at most; ``steps``: as ``allowed_widths``
-    takes them; ``speed``: the quantity that importance is weighed against beside the budget's, unless that is the same;
-    ``stops`` tells what a kind is made of where widths can get no narrower.
+    ratio, otherwise in the budget's own unit. ``caps``: as ``most_removed`` takes them; ``limits``: hard ones beside it, kind ->
+    at most; ``steps``: as ``allowed_widths`` takes them; ``speed``: the quantity that importance is weighed against beside
+    the budget's, unless that is the same; ``stops`` tells what a kind is made of where widths can get no narrower.
 
     Raises: BudgetError naming the best reachable value when the narrowest allowed widths still cost too much (but for MEASURED
-    quantities), when the dense network does with less than was requested, and without any group to prune.
+    quantities), when the dense network does with less than was requested, for a cap that fits no group, and without any group to
+    prune.
     """
+    unknown = [pattern for pattern in caps if not any(fnmatchcase(group.root, pattern) for group in groups)]
+    if unknown:
+        raise BudgetError(
+            f"budget.caps: {', '.join(map(repr, unknown))} fits no group that can be pruned; expected names, or patterns with * "
+            f"and ?, of {', '.join(group.root for group in groups)}"
+        )
     widths = np.array([group.width for group in groups], np.int64)
     starts = np.concatenate([[0], np.cumsum(widths)])[:-1].astype(np.int64)
     allowed = [
-        allowed_widths(group.width, unit=group.unit, round_to=round_to, max_removal=max_removal, steps=steps)
+        allowed_widths(
+            group.width,
+            unit=group.unit,
+            round_to=round_to,
+            max_removal=most_removed(group.root, max_removal=max_removal, caps=caps),
+            steps=steps,
+        )
         for group in groups
     ]
     edges = [[0, *of_group[:-1]] for of_group in allowed]  # where the blocks of each group begin
