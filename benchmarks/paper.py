@@ -244,7 +244,7 @@ def _test_images(work: Workbench) -> Images:
 
 
 def measure_times(grid_file: Path, out: Path, *, seconds: float) -> None:
-    """Of the networks that the first seed left: each exported and timed beside its dense one, on ONNX Runtime's CPU with one thread
+    """Of the networks that the first seed left: each exported and timed beside its dense one, by ONNX Runtime on one thread
     at batch 1. Leaves out/times.json: name of the run -> dense over pruned, and its interval.
     """
     from importlib.metadata import version

@@ -133,6 +133,49 @@ ONE_PROBLEM = [
         "budget.speed: got true beside budget.latency_ms, which weighs importance against time in any case; leave it out",
     ),
     ({"target": {"batch": 0}}, "target.batch: got 0; expected at least 1"),
+    # methods
+    ({"search": {"method": "vpn"}}, "search.method: got 'vpn'; expected 'vpns', 'hydra', 'random', "),
+    (
+        {"search": {"method": "magnitude", "score_lr": 0.01}},
+        "search.score_lr: got 0.01 for search.method = 'magnitude', which does not read it; leave it out, or take one of vpns, "
+        "hydra, bip",
+    ),
+    (
+        {"search": {"method": "vpns", "per_cost": True}},
+        "search.per_cost: got true for search.method = 'vpns', which does not read it; leave it out, or take one of magnitude, ",
+    ),
+    (
+        {"search": {"method": "lth", "rounds": 7, "epochs": 5}},
+        "search.rounds: got 7 with search.epochs = 5; expected at most as many: each round trains",
+    ),
+    (
+        {"budget": {"speed": True}, "search": {"method": "taylor"}},
+        "budget.speed: got true with search.per_cost = false, which weighs nothing against time; expected true there",
+    ),
+    # single weights
+    (
+        {"search": {"granularity": "weight"}},
+        "budget.macs_ratio: got 0.5 with search.granularity = 'weight'; expected 'weight_ratio'",
+    ),
+    (
+        {"budget": {"macs_ratio": None, "weight_ratio": 0.1}},
+        "budget.weight_ratio: got 0.1 with search.granularity = 'channel'; expected another budget, or search.granularity = "
+        "'weight'",
+    ),
+    (
+        {
+            "search": {"granularity": "weight", "method": "slim"},
+            "budget": {"macs_ratio": None, "weight_ratio": 0.1, "limits": {"file_mib": 1.0}},
+        },
+        "search.method: got 'slim' with search.granularity = 'weight'; expected a method that scores single weights",
+    ),
+    (
+        {
+            "search": {"granularity": "2:4", "score_init": "taylor"},
+            "budget": {"macs_ratio": None, "weight_ratio": 0.5, "limits": {"file_mib": 1.0}},
+        },
+        "budget.limits.file_mib: goes with channels, got search.granularity = '2:4'; leave it out",
+    ),
     (
         {"target": {"form": "uint8"}, "export": {"forms": ["float"]}},
         "target.form: got 'uint8', which is not exported; expected one of export.forms ('float')",

@@ -187,3 +187,18 @@ def test_removing_nothing_below_one_is_an_error():
 def test_a_ratio_of_one_keeps_everything():
     whole = select(selector(5, 7, requested=1.0, round_to=4), scores(g0=[0.0] * 5, g1=[-1.0] * 7))
     assert whole.mask.keep == {"g0": (True,) * 5, "g1": (True,) * 7} and whole.reached == 1
+
+
+# --- caps on certain groups -------------------------------------------------------------------------------------------
+
+
+def test_a_cap_is_that_of_the_first_pattern_that_fits():
+    made = selector(16, 16, 16, requested=0.3, caps={"g1": 0.25, "g[12]": 0.5})
+    assert made.least_widths.tolist() == [2, 12, 8]
+    chosen = select(made, scores(g0=[9.0] * 16, g1=[0.0] * 16, g2=[0.0] * 16))
+    assert chosen.mask.widths()["g1"] >= 12
+
+
+def test_a_cap_that_fits_no_group_is_told():
+    with pytest.raises(BudgetError, match=r"budget.caps: 'layer9.\*' fits no group that can be pruned; .* of g0, g1$"):
+        selector(16, 16, requested=0.5, caps={"layer9.*": 0.25})
