@@ -166,7 +166,7 @@ def print_amounts(name: str, folder: Path) -> None:
         print(f"| {name} | {kind} | {asked:g} | {here} | {above} |", flush=True)
 
 
-PROCESSES = 32  # eight, as settling takes, may all miss what one in ten has
+PROCESSES = 32  # eight, as settling takes, missed once what the next mask's may have
 TABLES = {
     "the defaults: macs_ratio, round_to = 8": {"macs_ratio": 0.5, "round_to": 8},
     "latency_ratio, round_to = 8": {"latency_ratio": 0.5, "round_to": 8},
