@@ -123,10 +123,8 @@ def _device(name: str) -> Iterator[str]:
 def _engines(recipe: Recipe) -> Iterator[Problem]:
     """Engines, devices and precisions that are not here: what measures comes before, or after, hours of training."""
     target = setting_of(recipe.target)
-    if not target.engine.startswith(
-        ("torch", "openvino")
-    ):  # of these the recipe itself tells that the precision is the file's
-        target = replace(target, precision="fp32")
+    if not target.engine.startswith(("torch", "openvino")):
+        target = replace(target, precision="fp32")  # another one is told as a problem of the recipe itself
     keys = [("target", ("engine", "device", "precision"), [target])]
     keys += [("bench", ("engines", "device", "precision"), settings_of(recipe.bench))]
     for table, names, settings in keys:

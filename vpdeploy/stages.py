@@ -28,7 +28,6 @@ _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
 _SEARCH = (*_FIT, "prompt", "search", "budget", "target")
 _PRICE = (*_NETWORK, "budget", "target")
 _PRICED = ("prompt.pixels.kind", "prompt.pixels.stages", "export.forms", "export.opset", "bench.image_size")
-AGAIN = "remove it and run the same `vpdeploy run` again, in this folder or with another -o: its stages are done anew"
 _CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
 _NOT_READ = ("data.limit_test", "data.download", "compute.workers", "compare.arms")
@@ -170,12 +169,13 @@ class Ledger:
     def _entries(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
+        again = "choose another folder with -o, or remove it: the same `vpdeploy run` then does every stage again"
         try:
             entries = json.loads(read_bytes(self.path))
         except ValueError as e:
-            raise RunFolderError(f"{self.path}: damaged: {e}; {AGAIN}") from e
+            raise RunFolderError(f"{self.path}: damaged: {e}; {again}") from e
         if not isinstance(entries, dict) or not all(_is_entry(name, entry) for name, entry in entries.items()):
-            raise RunFolderError(f"{self.path}: damaged: no list of stages; {AGAIN}")
+            raise RunFolderError(f"{self.path}: damaged: no list of stages; {again}")
         return entries
 
     def _write(self, entries: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from vpdeploy import run_folder
 from vpdeploy.cli import UNSTEADY
 from vpdeploy.recipe.reading import load_recipe
 from vpdeploy.stages import read_recipe
-from vpdeploy.values import Report
+from vpdeploy.values import Price, Report
 
 # design.md section 6, for the arms and forms of the smoke run, and what the stages hand on beside it.
 DESIGNED = [
@@ -128,6 +128,14 @@ def test_report_json_is_a_report_of_this_run(run):
         ("tune:pruned", 2),
     ]
     assert report.recipe == (run / "recipe.toml").read_text()
+
+
+def test_the_table_before_training_told_the_size_of_the_dense_file_that_ships(run):
+    """To the few bytes by which metadata and constants of other widths differ."""
+    price = run_folder.read_value(run / "price.json", Price)
+    assert price.target.endswith("float form")
+    told = next(row.dense for row in price.table if row.quantity == "file_mib") * 2**20
+    assert told == pytest.approx((run / "export/dense.float.onnx").stat().st_size, abs=256)
 
 
 def test_the_settled_recipe_means_the_same_from_its_run_folder(run):

@@ -203,9 +203,7 @@ def test_keys_tell_stages_apart_and_follow_what_they_read(ledger):
 )
 def test_a_damaged_ledger(tmp_path, content):
     (tmp_path / "stages.json").write_bytes(content)
-    with pytest.raises(
-        RunFolderError, match=r"stages\.json: damaged: .*; remove it and run the same `vpdeploy run` again"
-    ):
+    with pytest.raises(RunFolderError, match=r"stages\.json: damaged: .*; choose another folder with -o, or remove it"):
         Ledger(tmp_path / "stages.json", INPUTS).is_done(Stage("fit"), recipe())
 
 

@@ -70,7 +70,7 @@ class Candidates:
         if not self.prompted:
             return self.whole
         path = self.folder / f"unprompted.{self.form}.onnx"
-        if self.graph is None or not self.graph.write_without_prompt(path):
+        if not path.exists() and (self.graph is None or not self.graph.write_without_prompt(path)):
             self.export(self.backbone, path, prompted=False)
         return path
 

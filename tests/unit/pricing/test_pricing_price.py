@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -14,6 +15,7 @@ from budgeted import priced, workbench
 from strategies import group_of
 
 from vpdeploy import pipeline
+from vpdeploy.deploy.session import read_metadata
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.engines import EngineError
 from vpdeploy.pricing import price, target
@@ -62,6 +64,8 @@ def test_the_size_of_a_file_is_what_the_sum_says(tmp_path):
         files.export(small, tmp_path / "real.onnx")
         size = (tmp_path / "real.onnx").stat().st_size / 2**20
         assert size <= selector.budget.cost(widths)
+        taken = json.loads(read_metadata(tmp_path / "real.onnx")["certificate"])["groups"]  # what is known as it is
+        assert [record["difference"] for record in taken] == [g.difference for g in groups.groups]
     assert (
         selector.budget.cost(widths) - size < 512 / 2**20
     )  # of the larger form: shapes that an export may write twice

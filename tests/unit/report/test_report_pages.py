@@ -518,6 +518,9 @@ def test_what_was_not_measured_meets_no_bound(report):
     found = bounds(bare, min_speedup=0.1, max_latency_ms=1e9)
     assert [(bound.met, "not measured" in bound.line) for bound in found] == [(False, True)] * 2
     assert not any("steady" in bound.line for bound in found)
+    shaky = tuple(replace(row, steady=False) for row in report.arms["dense"].latency)
+    bare = replace(bare, arms={**bare.arms, "dense": replace(bare.arms["dense"], latency=shaky)})
+    assert not any("steady" in bound.line for bound in bounds(bare, min_speedup=0.1))
     alone = replace(report, arms={"dense": report.arms["dense"]})
     assert [bound.met for bound in bounds(alone, max_drop=100.0)] == [False]
 
