@@ -8,13 +8,14 @@
 A grid holds ``epochs`` (of search and tuning together, the same for every method), ``seeds``, ``[budgets]``, a ``[recipe]`` that
 all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Runs that are done are skipped; one that was cut off goes
 on after its last epoch; no run begins after ``--minutes``. ``--jobs``: how many runs at once, each with its share of the cores.
-The dense network is trained once for each seed and shared. Without ``--test`` the test split is not opened.
+A dense network is trained once for each seed, input, head and fit, and shared. Without ``--test`` the test split is not opened.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -118,17 +119,23 @@ def folder_of(cell: Cell, out: Path) -> Path:
     return out / "runs" / cell.name
 
 
-def make_dense(grid_file: Path, cell: Cell, out: Path) -> Path:
-    """The folder of the dense network of ``cell.seed``, from which its runs start: groups and fit are done there."""
+def dense_folder(recipe: Recipe, out: Path) -> Path:
+    """Where the dense network lies that ``recipe`` starts from: one for each seed, input, head and fit."""
+    from vpdeploy.stages import Stage, values_read
+
+    read = json.dumps(values_read(Stage("fit"), recipe), sort_keys=True)
+    return out / "dense" / f"{recipe.seed}-{hashlib.sha256(read.encode()).hexdigest()[:8]}"
+
+
+def make_dense(recipe: Recipe, out: Path) -> None:
+    """Groups and fit of ``recipe``, in the folder that its runs start from."""
     from vpdeploy import pipeline
     from vpdeploy.progress import Display
     from vpdeploy.workbench import open_workbench
 
-    folder = out / "dense" / str(cell.seed)
-    work = open_workbench(recipe_of(grid_file, cell), folder, redo=None, display=Display())
+    work = open_workbench(recipe, dense_folder(recipe, out), redo=None, display=Display())
     pipeline.grouped(work)
     pipeline.fitted(work)
-    return folder
 
 
 def recipe_of(grid_file: Path, cell: Cell) -> Recipe:
@@ -155,7 +162,7 @@ def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
     if not folder.exists():
         partial = folder.with_suffix(".part")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(out / "dense" / str(cell.seed), partial, ignore=shutil.ignore_patterns("*.lock", "state"))
+        shutil.copytree(dense_folder(recipe, out), partial, ignore=shutil.ignore_patterns("*.lock", "state"))
         partial.rename(folder)
     began = time.perf_counter()
     work = open_workbench(recipe, folder, redo=None, display=Display())
@@ -169,7 +176,7 @@ def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
     plan = pipeline.planned(work, "pruned", dense, groups, selector, found)
     smaller = Dense(cut(with_tensors(dense, found), plan), found.label_map)
     clock.append(time.process_time())
-    pipeline.tuned(work, "pruned", smaller, prompt=found.prompt, dense=dense)
+    pipeline.tuned(work, "pruned", smaller, prompt=found.prompt, dense=dense, mask={})
     clock.append(time.process_time())
     result = read_tuned(work, "pruned")
     untuned, plain = Tuned(smaller.backbone, found.prompt, found.label_map), Tuned(dense.backbone, {}, dense.label_map)
@@ -303,10 +310,11 @@ def run_grid(grid_file: Path, out: Path, *, only: Sequence[str], minutes: float,
         in_time = time.monotonic() - began < 60 * minutes
         while left and len(running) < jobs and in_time:
             cell = left[0]
-            if not (out / "dense" / str(cell.seed) / "source.safetensors").exists():
+            recipe = recipe_of(grid_file, cell)
+            if not (dense_folder(recipe, out) / "source.safetensors").exists():
                 if running:
                     break  # its cores would be shared
-                make_dense(grid_file, cell, out)
+                make_dense(recipe, out)
             left.pop(0)
             folder_of(cell, out).parent.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, __file__, "cell", str(grid_file), "-o", str(out), "--name", cell.name]

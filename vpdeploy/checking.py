@@ -29,7 +29,7 @@ from vpdeploy.measure.settings import setting_of, settings_of
 from vpdeploy.models.names import CIFAR_RESNETS, PUBLISHERS, no_such_file, no_such_module, unknown_network
 from vpdeploy.models.published import published_input
 from vpdeploy.recipe.problems import Problem
-from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe
+from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, DataTable, ModelTable, Recipe, data_tables
 
 DYNAMIC = {"globals", "exec", "setattr", "vars", "locals"}  # by which a file may define what its text does not show
 
@@ -42,10 +42,12 @@ def outside_problems(recipe: Recipe) -> Iterator[Problem]:
         yield ("model.name",), text
     for text in _weights(recipe.model):
         yield ("model.weights", "model.name"), text
-    if recipe.data.name not in KNOWN:
-        yield ("data.name",), unknown_set(recipe.data.name)
-    for text in _root(recipe.data):
-        yield ("data.root", "data.name"), text
+    for prefix, table in data_tables(recipe):
+        within = prefix.removesuffix("data")  # what is told of a table starts with "data."
+        if table.name not in KNOWN:
+            yield (f"{prefix}.name",), f"{within}{unknown_set(table.name)}"
+        for text in _root(table):
+            yield (f"{prefix}.root", f"{prefix}.name"), f"{within}{text}"
     for text in _device(recipe.compute.device):
         yield ("compute.device",), text
     yield from _engines(recipe)

@@ -32,7 +32,7 @@ from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.select_weights import WeightSelector, weight_selector
 from vpdeploy.shipping import export_arms, measure_arms, measure_more, unsteady
-from vpdeploy.stages import Stage, arm_file, environment_file, read_recipe, training_stages
+from vpdeploy.stages import FIT_ELSEWHERE, Stage, arm_file, environment_file, read_recipe, training_stages
 from vpdeploy.surgery.certificate import certify, certify_weights, enough_images
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
@@ -46,6 +46,7 @@ from vpdeploy.training.methods.registry import search
 from vpdeploy.training.methods.task import SearchTask, scores_as_arrays, with_tensors
 from vpdeploy.training.network import show
 from vpdeploy.training.tune import tune
+from vpdeploy.transfer import searching
 from vpdeploy.values import ChannelGroups, ChannelMask, Dense, Found, Latency, Price, PrunePlan, Report
 from vpdeploy.workbench import (
     Workbench,
@@ -216,39 +217,49 @@ def priced(work: Workbench, groups: ChannelGroups) -> Price:
 
 def fitted(work: Workbench) -> Dense:
     """Stage 0: the dense network that every arm starts from."""
-    stage = Stage("fit")
+    return _fitted(work, Stage("fit"), work)
+
+
+def _fitted(work: Workbench, stage: Stage, place: Workbench) -> Dense:
+    """place: with the images and the network that ``stage`` is about."""
     if not work.is_done(stage):
         with work.doing(stage):
             dense = fit(
-                work.built.backbone,
-                work.training_data(),
-                recipe=work.recipe,
-                classifier=work.built.classifier,
+                place.built.backbone,
+                place.training_data(),
+                recipe=place.recipe,
+                classifier=place.built.classifier,
                 compute=work.compute(),
                 journal=work.journal(stage),
                 display=work.display,
             )
-            write_dense(work, dense)
-    return read_dense(work)
+            write_dense(place, dense, arm=stage.arm)
+    return read_dense(place, arm=stage.arm)
 
 
 def searched(
     work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector | WeightSelector
 ) -> Found:
-    """Stage 1: scores, prompt, label map and norm statistics, on frozen weights."""
+    """Stage 1: scores, prompt, label map, and the tensors that the search changed. With search.data of a network that is fitted
+    to that: scores and prompt are taken from there, and nothing else.
+    """
     stage, path = Stage("search", arm), arm_file(work.run, "found.safetensors", arm)
     if not work.is_done(stage):
+        place = searching(work)
+        start = dense if place is work else _fitted(work, Stage("fit", FIT_ELSEWHERE), place)
         with work.doing(stage):
             prompted = arm == "pruned" and work.recipe.prompt.pixels.stages in ("both", "search")
-            task = SearchTask(dense, groups.prunable, selector, prompted)
+            task = SearchTask(start, groups.prunable, selector, prompted)
             found = _found_before(work, arm, task) or search(
                 task,
-                work.training_data(),
-                recipe=work.recipe,
+                place.training_data(),
+                recipe=place.recipe,
                 compute=work.compute(),
                 journal=work.journal(stage),
                 display=work.display,
             )
+            if place is not work:
+                found = replace(found, tensors={}, label_map=dense.label_map)
             run_folder.write_found(path, found)
     return run_folder.read_found(path)
 

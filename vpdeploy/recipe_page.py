@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vpdeploy.recipe.tables import Recipe, Table
+from vpdeploy.recipe.tables import Recipe, Table, table_in
 
 HEAD = """# Recipe keys
 
@@ -23,7 +23,7 @@ def page() -> str:
 
 
 def _tables(prefix: str, model: type[Table]) -> Iterator[str]:
-    rows = [(name, info) for name, info in model.model_fields.items() if not _is_table(info)]
+    rows = [(name, info) for name, info in model.model_fields.items() if table_in(info.annotation) is None or info.default is None]
     if rows:
         yield f"## {f'`[{prefix}]`' if prefix else 'At the top'}\n"
         if prefix and model.__doc__:
@@ -34,12 +34,9 @@ def _tables(prefix: str, model: type[Table]) -> Iterator[str]:
             yield "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
         yield ""
     for name, info in model.model_fields.items():
-        if _is_table(info):
-            yield from _tables(f"{prefix}.{name}" if prefix else name, info.annotation)  # type: ignore[arg-type]
-
-
-def _is_table(info: FieldInfo) -> bool:
-    return isinstance(info.annotation, type) and issubclass(info.annotation, Table)
+        table = table_in(info.annotation)
+        if table is not None and info.default is not None:
+            yield from _tables(f"{prefix}.{name}" if prefix else name, table)
 
 
 def _takes(annotation: Any, metadata: list[Any]) -> str:

@@ -117,7 +117,7 @@ def _measured_in(path: Path, *, trained_in: dict[str, Any]) -> dict[str, Any]:
 
 
 def _skipped(run: Path) -> tuple[str, ...]:
-    paths = [skipped_file(run, splits) for splits in ("training", "test")]
+    paths = [skipped_file(run, splits) for splits in ("training", "search", "test")]
     return tuple(line for path in paths if path.exists() for line in run_folder.read_bytes(path).decode().splitlines())
 
 

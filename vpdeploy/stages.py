@@ -30,12 +30,18 @@ _PRICE = (*_NETWORK, "budget", "target")
 _PRICED = ("prompt.pixels.kind", "prompt.pixels.stages", "export.forms", "export.opset", "bench.image_size")
 _CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
-_NOT_READ = ("data.limit_test", "data.download", "compute.workers", "compare.arms")
+_NOT_READ = (
+    *("data.limit_test", "data.download", "search.data.limit_test", "search.data.download"),
+    *("compute.workers", "compare.arms"),
+)
+FIT_ELSEWHERE = "search"  # in place of an arm: the dense network of search.data
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one arm. ``kind`` is in ORDER; ``arm`` is empty for stages that all arms share."""
+    """One stage of one arm. ``kind`` is in ORDER; ``arm`` is empty for stages that all arms share, and FIT_ELSEWHERE for the
+    second ``fit`` of a recipe with search.data.
+    """
 
     kind: str
     arm: str = ""
@@ -71,6 +77,9 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         read |= {key: value for key, value in flatten(recipe).items() if key in _PRICED}
     elif not recipe.budget.reads_target:  # it is measured there, and decides nothing
         read = {key: value for key, value in read.items() if not key.startswith("target.")}
+    if stage.arm == FIT_ELSEWHERE:
+        read = {k: v for k, v in read.items() if not k.startswith("data.")}
+        read |= {k: v for k, v in flatten(recipe).items() if k.startswith("search.data.") and k not in _NOT_READ}
     if stage.arm == "pruned-prompt":
         read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
     if stage.kind in ("export", "bench"):
@@ -200,13 +209,19 @@ def is_redone(stage: Stage, kind: str) -> bool:
 def training_stages(recipe: Recipe) -> list[Stage]:
     """Every stage that trains, in order."""
     pruned = [arm for arm in recipe.arms if arm.startswith("pruned")]
-    return [Stage("fit"), *(Stage("search", arm) for arm in pruned), *(Stage("tune", arm) for arm in recipe.arms)]
+    elsewhere = [] if recipe.search.data_needed is None else [Stage("fit", FIT_ELSEWHERE)]
+    return [Stage("fit"), *elsewhere, *(Stage("search", arm) for arm in pruned), *(Stage("tune", arm) for arm in recipe.arms)]
 
 
 def arm_file(run: Path, name: str, arm: str) -> Path:
     """Where a value of an arm lies: the files of the arm "pruned" carry no arm in their name."""
     stem, dot, suffix = name.partition(".")
     return run / (name if arm == "pruned" else f"{stem}.{arm}{dot}{suffix}")
+
+
+def source_file(run: Path, arm: str = "") -> Path:
+    """The dense network; with FIT_ELSEWHERE that of search.data."""
+    return run / f"source{'.' if arm else ''}{arm}.safetensors"
 
 
 def measurement_file(run: Path, arm: str) -> Path:
@@ -224,7 +239,9 @@ def measuring_machine_file(run: Path) -> Path:
 
 
 def skipped_file(run: Path, splits: str) -> Path:
-    """The bad images that were left out, a line each. ``splits``: "training" (train and val) or "test"."""
+    """The bad images that were left out, a line each. ``splits``: "training" (train and val), "search" (those of search.data)
+    or "test".
+    """
     return run / f"skipped.{splits}.txt"
 
 
@@ -250,7 +267,7 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
     return {
         "groups": [run / "groups.json"],
         "price": [run / "price.json"],
-        "fit": [run / "source.safetensors"],
+        "fit": [source_file(run, arm)],
         "search": [arm_file(run, "found.safetensors", arm)],
         "cut": [
             arm_file(run, "certificate.json", arm),

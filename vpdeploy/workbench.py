@@ -17,14 +17,24 @@ from vpdeploy import run_folder
 from vpdeploy.data.contents import fingerprint_of_contents, remember
 from vpdeploy.data.prepared import prepare
 from vpdeploy.data.sources import DataSource, open_source
-from vpdeploy.errors import RunFolderError
+from vpdeploy.errors import DataError, RunFolderError
 from vpdeploy.measure.environment import environment, machine
 from vpdeploy.models.build import Built, build, check_forward, with_separate_heads
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
 from vpdeploy.run_folder import Journal
-from vpdeploy.stages import Ledger, Stage, arm_file, environment_file, is_done, is_redone, read_recipe, skipped_file
+from vpdeploy.stages import (
+    Ledger,
+    Stage,
+    arm_file,
+    environment_file,
+    is_done,
+    is_redone,
+    read_recipe,
+    skipped_file,
+    source_file,
+)
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, TrainingData
@@ -38,6 +48,7 @@ class Workbench:
     run: Path
     recipe: Recipe
     source: DataSource
+    search_source: DataSource | None  # of search.data
     built: Built
     ledger: Ledger
     display: Display
@@ -81,19 +92,27 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     Raises: RunFolderError when the folder holds another recipe's run; DataError, ModelError for what does not fit.
     """
     source = open_source(recipe.data, seed=recipe.seed)
+    search_source = _search_source(recipe)
     afresh = redo is not None and is_redone(Stage("fit"), redo)
     begun = read_recipe(run) if _has_trained(run) and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
-    ledger = _ledger(recipe, source, run=run, display=display)
+    caches = {"data": (source, run / "inputs.json")}
+    if search_source is not None:
+        caches["search.data.name"] = (search_source, run / "inputs.search.json")
+    contents = {
+        key: fingerprint_of_contents(data, cache=cache, display=display) for key, (data, cache) in caches.items()
+    }
+    ledger = Ledger(run / "stages.json", {**contents, **_named_files(recipe)}, machine())
     ledger.refuse_retraining(recipe, run=run, redo=redo)
-    remember(source, ledger.inputs["data"], cache=run / "inputs.json")
+    for key, (data, cache) in caches.items():
+        remember(data, contents[key], cache=cache)
     fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
         recipe.model,
         classes=len(source.classes),
         seed=recipe.seed,
         with_weights=fresh,
-        source_classes=None if fresh else run_folder.read_network(run / "source.safetensors")[2]["source_classes"],
+        source_classes=None if fresh else run_folder.read_network(source_file(run))[2]["source_classes"],
     )
     if fresh:
         outputs = built.source_classes if built.head in ("flm", "ilm") else len(source.classes)
@@ -108,10 +127,11 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         run=run,
         recipe=recipe,
         source=source,
+        search_source=search_source,
         built=built,
         ledger=ledger,
         display=display,
-        training_data=cache(lambda: _training_data(source, recipe, run=run, display=display)),
+        training_data=cache(lambda: prepared(source, recipe, run=run, splits="training", display=display)),
         compute=cache(lambda: choose_compute(built.backbone, recipe=recipe)),
     )
 
@@ -127,9 +147,12 @@ def _drop_state(run: Path, stage: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _ledger(recipe: Recipe, source: DataSource, *, run: Path, display: Display) -> Ledger:
-    contents = fingerprint_of_contents(source, cache=run / "inputs.json", display=display)
-    return Ledger(run / "stages.json", {"data": contents, **_named_files(recipe)}, machine())
+def _search_source(recipe: Recipe) -> DataSource | None:
+    try:
+        table = recipe.search.data_needed
+        return None if table is None else open_source(table, seed=recipe.seed)
+    except DataError as e:
+        raise DataError(f"search.{e}" if str(e).startswith("data.") else f"search.data: {e}") from e
 
 
 def _has_trained(run: Path) -> bool:
@@ -177,31 +200,32 @@ def _named_files(recipe: Recipe) -> dict[str, str]:
     return {key: run_folder.sha256_of(path) for key, path in files.items() if path.is_file()}
 
 
-def _training_data(source: DataSource, recipe: Recipe, *, run: Path, display: Display) -> TrainingData:
+def prepared(source: DataSource, recipe: Recipe, *, run: Path, splits: str, display: Display) -> TrainingData:
+    """The training and validation images of ``source``, as recipe.data and recipe.input say; what was left out is noted."""
     table, workers = recipe.data, recipe.compute.workers
     assert isinstance(workers, int), "settled"
     train, val = (
         prepare(refs, recipe.input, max_bad=table.on_bad_image, workers=workers, display=display, label=label)
         for refs, label in ((source.train, "training images"), (source.val, "validation images"))
     )
-    run_folder.write_lines(skipped_file(run, "training"), (*train.skipped, *val.skipped))
+    run_folder.write_lines(skipped_file(run, splits), (*train.skipped, *val.skipped))
     return TrainingData(train, val, len(source.classes))
 
 
 # --- what stages leave on disk --------------------------------------------------------------------------------------
 
 
-def write_dense(work: Workbench, dense: Dense) -> None:
+def write_dense(work: Workbench, dense: Dense, *, arm: str = "") -> None:
     about = {
         "label_map": dense.label_map,
         "classifier": work.built.classifier,
         "source_classes": work.built.source_classes,
     }
-    run_folder.write_network(work.run / "source.safetensors", dense.backbone.state_dict(), prompt={}, about=about)
+    run_folder.write_network(source_file(work.run, arm), dense.backbone.state_dict(), prompt={}, about=about)
 
 
-def read_dense(work: Workbench) -> Dense:
-    state, _, about = run_folder.read_network(work.run / "source.safetensors")
+def read_dense(work: Workbench, *, arm: str = "") -> Dense:
+    state, _, about = run_folder.read_network(source_file(work.run, arm))
     return Dense(_filled(work.built.backbone, state), run_folder.as_label_map(about["label_map"]))
 
 

@@ -8,7 +8,17 @@ from typing import Any, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
-from vpdeploy.recipe.tables import BUDGETS, CHECKPOINT_SUFFIXES, METHOD_KEYS, ModelTable, PixelsTable, Recipe, Table
+from vpdeploy.recipe.tables import (
+    BUDGETS,
+    CHECKPOINT_SUFFIXES,
+    METHOD_KEYS,
+    ModelTable,
+    PixelsTable,
+    Recipe,
+    Table,
+    data_tables,
+    table_in,
+)
 
 # What follows from several keys: those keys, dotted, and what is to be told.
 Problem = tuple[tuple[str, ...], str]
@@ -35,9 +45,10 @@ def _table(path: Sequence[str]) -> type[Table] | None:
     table: Any = Recipe
     for part in path:
         info = table.model_fields.get(part)
-        if info is None or not isinstance(info.annotation, type) or not issubclass(info.annotation, Table):
+        found = None if info is None else table_in(info.annotation)
+        if found is None:
             return None
-        table = info.annotation
+        table = found
     return table
 
 
@@ -150,8 +161,10 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
         )
     for problem in () if recipe.compare.arms is None else _arm_problems(recipe.compare.arms, pixels):
         yield ("compare.arms", "prompt.pixels.kind", "prompt.pixels.stages"), f"compare.arms: {problem}"
-    if recipe.data.name == "imagefolder" and not recipe.data.root:
-        yield ("data.name", "data.root"), "data.root: missing; expected the folder or .zip that holds the images"
+    for prefix, data in data_tables(recipe):
+        if data.name == "imagefolder" and not data.root:
+            keys = (f"{prefix}.name", f"{prefix}.root")
+            yield keys, f"{prefix}.root: missing; expected the folder or .zip that holds the images"
     weights = ("model.weights",)
     if (problem := weights_of_no_file(recipe.model)) is not None:
         yield (*weights, "model.name"), problem
@@ -229,13 +242,24 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
     table = recipe.search
     for key, info in type(table).model_fields.items():
         value = getattr(table, key)
-        if key in ("method", "found") or key in METHOD_KEYS[table.method] or value == info.default:
+        if key in ("method", "found", "data") or key in METHOD_KEYS[table.method] or value == info.default:
             continue
         users = ", ".join(method for method, keys in METHOD_KEYS.items() if key in keys)
         yield (
             ("search.method", f"search.{key}"),
             f"search.{key}: got {_toml(value)} for search.method = {table.method!r}, which does not read it; leave it out, or "
             f"take one of {users}",
+        )
+    if table.warmup and recipe.prompt.pixels.kind == "none" or table.warmup and recipe.prompt.pixels.stages == "tune":
+        yield (
+            ("search.warmup", "prompt.pixels.kind", "prompt.pixels.stages"),
+            f"search.warmup: got {table.warmup} without a prompt in the search; expected 0: nothing would learn",
+        )
+    if table.warmup > table.epochs - (table.method == "vpns"):
+        yield (
+            ("search.warmup", "search.epochs"),
+            f"search.warmup: got {table.warmup} with search.epochs = {table.epochs}; expected "
+            + ("fewer: scores learn in the rest" if table.method == "vpns" else "at most as many"),
         )
     if table.method == "lth" and table.rounds > table.epochs:
         yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -199,18 +199,19 @@ Method = Literal[
     "lth",
 ]
 _PROMPT = frozenset({"epochs", "batch_size", "prompt_lr"})
-_LEARNED = frozenset({"epochs", "batch_size", "score_lr", "score_init"})
+_ONCE = _PROMPT | {"warmup"}
+_LEARNED = frozenset({"epochs", "batch_size", "score_lr", "score_init", "gradual"})
 _TRAINED = _PROMPT | {"weight_lr"}
 # What each method reads of [search], beside the prompt's part: any other key must be left at its default.
 METHOD_KEYS: dict[str, frozenset[str]] = {
-    "vpns": _LEARNED | {"prompt_lr", "unprompted_step"},
+    "vpns": _LEARNED | {"prompt_lr", "unprompted_step", "warmup"},
     "hydra": _LEARNED,
-    "random": _PROMPT,
-    "magnitude": _PROMPT | {"norm", "rounds", "per_cost"},
-    "taylor": _PROMPT | {"rounds", "per_cost"},
-    "snip": _PROMPT | {"rounds", "per_cost"},
-    "grasp": _PROMPT | {"rounds"},
-    "synflow": _PROMPT | {"rounds", "per_cost"},
+    "random": _ONCE,
+    "magnitude": _ONCE | {"norm", "rounds", "per_cost"},
+    "taylor": _ONCE | {"rounds", "per_cost"},
+    "snip": _ONCE | {"rounds", "per_cost"},
+    "grasp": _ONCE | {"rounds"},
+    "synflow": _ONCE | {"rounds", "per_cost"},
     "slim": _TRAINED | {"strength", "per_cost"},
     "group_sl": _TRAINED | {"strength", "per_cost"},
     "bip": _TRAINED | {"strength", "score_lr"},
@@ -267,10 +268,27 @@ class SearchTable(Table):
         description="found.safetensors of an earlier run of the same network and data: its scores and prompt are taken, and nothing is searched; the rest of this table has no effect",
         min_length=1,
     )
+    data: DataTable | None = Field(
+        default=None,
+        description="[search.data], with the keys of [data]: other images to search on, by the network with a classifier for their classes; tuning and every number stay those of [data]",
+    )
     unprompted_step: bool = Field(
         default=False,
         description="a second step per batch without the prompt, for the scores alone (as the authors' code does)",
     )
+    gradual: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="vpns, hydra: over this share of the steps the mask shrinks from the dense network to the budget, by the same share in every step; 0: it has the budget from the first step on",
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="how many of the epochs the prompt learns alone, on the dense network, before scores are taken",
+    )
+
+    @property
+    def data_needed(self) -> DataTable | None:
+        """The other images that the search looks at; none where nothing is searched."""
+        return self.data if self.found is None else None
 
 
 Milliseconds = Annotated[
@@ -485,3 +503,17 @@ class Recipe(Table):
             return tuple(arm for arm in ARMS if arm in self.compare.arms)
         shipped = self.prompt.pixels.kind != "none" and self.prompt.pixels.stages != "search"
         return ("dense", "dense+prompt", "pruned") if shipped else ("dense", "pruned")
+
+
+def data_tables(recipe: Recipe) -> list[tuple[str, DataTable]]:
+    """Every table that names images, with its dotted name."""
+    found = [("data", recipe.data), ("search.data", recipe.search.data)]
+    return [(name, table) for name, table in found if table is not None]
+
+
+def table_in(annotation: Any) -> type[Table] | None:
+    """The table that a key of this annotation holds, where it is given; None for a key that holds a value."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Table):
+            return kind
+    return None

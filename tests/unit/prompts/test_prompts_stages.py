@@ -25,6 +25,7 @@ def workbench(folder: Path, settled: Recipe) -> Workbench:
         run=folder,
         recipe=settled,
         source=source,
+        search_source=None,
         built=Built(backbone, "keep", "linear", tiny.CLASSES),
         ledger=Ledger(folder / "stages.json", {}),
         display=tiny.QUIET,
@@ -40,7 +41,7 @@ def searched_and_tuned(folder: Path, settled: Recipe, arm: str) -> tuple[Found |
     if arm.startswith("pruned"):
         selector = tiny.task(dense.backbone, settled).selector
         found = searched(work, arm, dense, tiny.groups_of(dense.backbone), selector)
-    tuned(work, arm, dense, prompt={} if found is None else found.prompt)
+    tuned(work, arm, dense, prompt={} if found is None else found.prompt, dense=dense, mask={})
     return found, read_network(folder / f"{arm}.safetensors")[1]
 
 

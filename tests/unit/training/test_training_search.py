@@ -217,7 +217,64 @@ def test_without_a_prompt_it_is_hydra(watched: Watched, tmp_path: Path, unprompt
     assert same(arm, named)
 
 
+# --- warm-up ----------------------------------------------------------------------------------------------------------
+
+
+def test_while_it_warms_up_nothing_is_masked_and_the_prompt_alone_learns(watched: Watched, tmp_path: Path) -> None:
+    settled = recipe(search__epochs=3, search__warmup=2)
+    searched(tiny.task(tiny.network(), settled), tmp_path, settled)
+    assert watched.prompt_moved == [True] * 12
+    assert watched.prompted == [True] * 4 and len(watched.masks) == 4 + 1  # of the last epoch, and of its evaluation
+
+
+def test_a_prompt_that_warmed_up_is_that_of_the_dense_network(tmp_path: Path) -> None:
+    """As under a budget that leaves everything."""
+    warm = recipe(search__method="random", search__warmup=2)
+    whole = recipe(search__method="random", budget__macs_ratio=1.0)
+    first, second = (
+        searched(tiny.task(tiny.network(), settled), tmp_path / name, settled)
+        for name, settled in (("warm", warm), ("whole", whole))
+    )
+    assert set(first.prompt) and all(torch.equal(value, second.prompt[name]) for name, value in first.prompt.items())
+
+
+def test_scores_are_taken_under_the_prompt_that_warmed_up(tmp_path: Path) -> None:
+    backbone = tiny.network()
+    found = {}
+    for method in ("taylor", "magnitude"):
+        for warmup in (0, 2):
+            settled = recipe(search__method=method, search__warmup=warmup)
+            found[method, warmup] = searched(tiny.task(backbone, settled), tmp_path / f"{method}{warmup}", settled).scores
+    assert not torch.equal(found["taylor", 0]["conv1"], found["taylor", 2]["conv1"])
+    assert torch.equal(found["magnitude", 0]["conv1"], found["magnitude", 2]["conv1"])
+
+
+def test_an_arm_without_a_prompt_does_not_warm_up(tmp_path: Path) -> None:
+    backbone = tiny.network()
+    first, second = (
+        searched(tiny.task(backbone, settled, prompted=False), tmp_path / str(settled.search.warmup), settled)
+        for settled in (recipe(), recipe(search__warmup=1))
+    )
+    assert same(first, second)
+
+
 # --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gradual_budget_shrinks_by_the_same_share_in_every_step(watched: Watched, tmp_path: Path) -> None:
+    settled = recipe(search__epochs=4, search__gradual=0.5, budget__round_to=1)
+    task = tiny.task(tiny.network(), settled)
+    searched(task, tmp_path, settled)
+    cost, dense = task.selector.budget.cost, task.selector.budget.dense
+    left = [
+        cost(np.bincount(task.selector.group_of[mask], minlength=len(task.groups)).astype(float)) / dense
+        for mask in watched.masks
+    ]
+    steps = [share for number, share in enumerate(left) if number % 5 != 4]  # 4 steps an epoch, then its evaluation
+    for step, share in enumerate(steps):
+        assert share <= 0.6 ** min(1.0, step / 8) + 1e-12
+    assert steps[0] == 1 and steps[0] > steps[4] > steps[8]
+    assert all(share > 0.6 ** ((step + 2) / 8) for step, share in enumerate(steps[:7]))  # and is no smaller than it must
 
 
 @pytest.mark.parametrize("kind", ["channel_ratio", "macs_ratio", "params_ratio"])
@@ -257,7 +314,9 @@ def test_straight_through_forward_is_the_mask_and_backward_the_gates_gradient() 
 def test_one_steps_loss_is_that_of_the_masked_network() -> None:
     settled = recipe()
     task = tiny.task(tiny.network(), settled)
-    learner = module._learner(task, tiny.data(), settled, tiny.COMPUTE, frozen=False)
+    learner = module._learner(
+        task, tiny.data(), settled, tiny.COMPUTE, initial=lambda *_: torch.zeros(task.count), frozen=False
+    )
     network, scores = learner.network.eval(), learner.scores
     images, labels = torch.rand(4, 3, tiny.SIZE, tiny.SIZE), torch.tensor([0, 1, 2, 0])
     loss = search_step(network, scores, task.selector, images, labels)

@@ -15,6 +15,7 @@ from vpdeploy.data.prepared import Images
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
+from vpdeploy.scoring.rounds import eased
 from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.select_weights import WeightSelector
 from vpdeploy.scoring.straight_through import StraightThrough, hard_mask
@@ -71,12 +72,7 @@ def learn(
     prompt nothing does.
     """
     table = recipe.search
-    learner = _learner(task, data, recipe, compute, frozen=frozen)
-    network = learner.network
-    if journal.resume() is None:
-        learner.scores.data.copy_(initial(network, data.train))
-        if recipe.model.head in ("flm", "ilm"):
-            learner.map_labels()
+    learner = _learner(task, data, recipe, compute, initial=initial, frozen=frozen)
     course = Course(
         streams="search",
         seed=recipe.seed,
@@ -87,12 +83,16 @@ def learn(
         label="search ",
     )
     train(learner, data, course=course, journal=journal, display=display)
-    return found_of(learner.scores, network, inner(network), task)
+    if course.epochs <= learner.warmup:
+        learner.begin_scores()
+    return found_of(learner.scores, learner.network, inner(learner.network), task)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Learner:
-    """What a search trains: ``scores`` [channels of all groups] and the prompt of ``network``, by ``optimizer``."""
+    """What a search trains: ``scores`` [channels of all groups] and the prompt of ``network``, by ``optimizer``. Until ``warm``
+    nothing is masked; then as ``done``, the share of all steps, lets the budget be.
+    """
 
     network: Prompted
     scores: Tensor
@@ -100,29 +100,53 @@ class _Learner:
     selector: Selector | WeightSelector
     data: TrainingData
     recipe: Recipe
+    initial: Initial
+    warmup: int  # epochs
+    warm: bool = False
+    done: float = 0.0
+
+    @property
+    def now(self) -> Selector | WeightSelector:
+        """What masks the budget allows at this step."""
+        gradual = self.recipe.search.gradual
+        return eased(self.selector, self.done / gradual) if self.done < gradual else self.selector
 
     def gates(self) -> Tensor:
         """The hard mask of the scores as they are, as gate values without gradient: [channels]."""
-        return hard_mask(self.selector, self.scores).to(self.scores.dtype)
+        return hard_mask(self.now, self.scores).to(self.scores.dtype) if self.warm else self._open()
+
+    def _open(self) -> Tensor:
+        return torch.ones_like(self.scores, requires_grad=False)
+
+    def begin_scores(self) -> None:
+        self.scores.data.copy_(self.initial(self.network, self.data.train))
+        self.warm = True
+        if self.recipe.model.head in ("flm", "ilm"):
+            self.map_labels()
 
     def map_labels(self) -> None:
         self.network.map_labels(map_by_frequency(self.network, self.data, self.gates()))
 
     def begin_epoch(self, epoch: int) -> None:
-        if self.recipe.model.head == "ilm" and epoch > 0:
+        if epoch == self.warmup:
+            self.begin_scores()
+        elif self.recipe.model.head == "ilm" and epoch > 0:
             self.map_labels()
 
     def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
         """The loss is that of the prompted step."""
-        table = self.recipe.search
+        table, self.done = self.recipe.search, done
         set_learning_rates(self.optimizer, peaks=(table.score_lr, table.prompt_lr), done=done)
         loss = self._step(images, labels, prompted=True)
-        if table.unprompted_step and self.network.canvas.prompt is not None and self.scores.requires_grad:
+        if table.unprompted_step and self.warm and self.network.canvas.prompt is not None and self.scores.requires_grad:
             self._step(images, labels, prompted=False)
         return loss
 
     def _step(self, images: Tensor, labels: Tensor, *, prompted: bool) -> Tensor:
-        loss = search_step(self.network, self.scores, self.selector, images, labels, prompted=prompted)
+        if self.warm:
+            loss = search_step(self.network, self.scores, self.now, images, labels, prompted=prompted)
+        else:
+            loss = F.cross_entropy(self.network(images, self._open(), prompted=prompted), labels)
         self.optimizer.zero_grad(set_to_none=True)  # None, not 0: Adam then leaves an unused prompt alone
         loss.backward()
         self.optimizer.step()
@@ -137,6 +161,8 @@ class _Learner:
             "optimizer": self.optimizer.state_dict(),
             "scores": self.scores.detach(),
             "label_map": label_map_of(self.network),
+            "warm": self.warm,
+            "done": self.done,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -144,16 +170,20 @@ class _Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scores.data.copy_(state["scores"])
         self.network.map_labels(state["label_map"])
+        self.warm, self.done = state["warm"], state["done"]
 
 
-def _learner(task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, frozen: bool) -> _Learner:
+def _learner(
+    task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, initial: Initial, frozen: bool
+) -> _Learner:
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
     canvas = build_canvas(recipe, prompted=task.prompted)
     network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
     scores = torch.zeros(task.count, device=compute.device, requires_grad=not frozen)
     prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
     optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
-    return _Learner(network, scores, optimizer, task.selector, data, recipe)
+    warmup = recipe.search.warmup if task.prompted else 0
+    return _Learner(network, scores, optimizer, task.selector, data, recipe, initial, warmup)
 
 
 def search_step(
