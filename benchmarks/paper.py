@@ -300,8 +300,7 @@ def run_grid(grid_file: Path, out: Path, *, only: Sequence[str], minutes: float,
     left = [cell for cell in cells(read_grid(grid_file), only=only) if not row_file(cell, out, test=test).exists()]
     running: dict[subprocess.Popen[bytes], Cell] = {}
     failed: list[Cell] = []
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    threads = str(max(1, (cores or 1) // jobs))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     while left or running:
         for process in [process for process in running if process.poll() is not None]:
             cell = running.pop(process)

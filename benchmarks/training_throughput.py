@@ -33,6 +33,7 @@ from vpdeploy.run_folder import Journal, read_history
 from vpdeploy.training.compute import choose_compute
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, to_pixels
 from vpdeploy.training.tune import tune
+from vpdeploy.values import Dense
 
 BOUND = 0.85
 QUIET = Display(quiet=True)
@@ -46,6 +47,8 @@ def training_rate(backbone: nn.Module, data: TrainingData, recipe: Recipe, compu
             backbone,
             data,
             prompt={},
+            dense=Dense(backbone),
+            mask={},
             label_map=None,
             recipe=recipe,
             compute=compute,

@@ -23,7 +23,11 @@ def page() -> str:
 
 
 def _tables(prefix: str, model: type[Table]) -> Iterator[str]:
-    rows = [(name, info) for name, info in model.model_fields.items() if table_in(info.annotation) is None or info.default is None]
+    rows = [
+        (name, info)
+        for name, info in model.model_fields.items()
+        if table_in(info.annotation) is None or info.default is None
+    ]
     if rows:
         yield f"## {f'`[{prefix}]`' if prefix else 'At the top'}\n"
         if prefix and model.__doc__:

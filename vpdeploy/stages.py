@@ -210,7 +210,12 @@ def training_stages(recipe: Recipe) -> list[Stage]:
     """Every stage that trains, in order."""
     pruned = [arm for arm in recipe.arms if arm.startswith("pruned")]
     elsewhere = [] if recipe.search.data_needed is None else [Stage("fit", FIT_ELSEWHERE)]
-    return [Stage("fit"), *elsewhere, *(Stage("search", arm) for arm in pruned), *(Stage("tune", arm) for arm in recipe.arms)]
+    return [
+        Stage("fit"),
+        *elsewhere,
+        *(Stage("search", arm) for arm in pruned),
+        *(Stage("tune", arm) for arm in recipe.arms),
+    ]
 
 
 def arm_file(run: Path, name: str, arm: str) -> Path:

@@ -21,13 +21,13 @@ def searching(work: Workbench) -> Workbench:
     if source is None or table is None:
         return work
     settled = work.recipe.model
-    head = settled.head if settled.head in ("flm", "ilm") else "auto"  # "keep" and "replace" were found for other classes
+    head = (
+        settled.head if settled.head in ("flm", "ilm") else "auto"
+    )  # "keep" and "replace" were found for other classes
     model = settled.model_copy(update={"head": head})
     built = build(model, classes=len(source.classes), seed=work.recipe.seed)
     built = with_separate_heads(built, canvas_size=work.recipe.input.canvas)
-    here, there = (
-        network.get_submodule(work.built.classifier).weight.shape for network in (work.built.backbone, built.backbone)
-    )
+    here, there = (one.backbone.get_parameter(f"{one.classifier}.weight").shape for one in (work.built, built))
     if work.recipe.search.granularity != "channel" and here != there:
         raise ModelError(
             f"search.data: its network's classifier has weights of {list(there)}, that of [data] of {list(here)}; expected the "
@@ -35,15 +35,11 @@ def searching(work: Workbench) -> Workbench:
             "classes, or search.granularity = 'channel'"
         )
     what = work.recipe.fit.what if work.recipe.fit.what == "all" else "head" if built.head == "replace" else "none"
-    recipe = with_values(
-        work.recipe, {"data": table.model_dump(), "model.head": built.head, "fit.what": what}
-    )
+    recipe = with_values(work.recipe, {"data": table.model_dump(), "model.head": built.head, "fit.what": what})
     return replace(
         work,
         recipe=recipe,
         source=source,
         built=built,
-        training_data=cache(
-            lambda: prepared(source, recipe, run=work.run, splits="search", display=work.display)
-        ),
+        training_data=cache(lambda: prepared(source, recipe, run=work.run, splits="search", display=work.display)),
     )

@@ -99,13 +99,11 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     caches = {"data": (source, run / "inputs.json")}
     if search_source is not None:
         caches["search.data.name"] = (search_source, run / "inputs.search.json")
-    contents = {
-        key: fingerprint_of_contents(data, cache=cache, display=display) for key, (data, cache) in caches.items()
-    }
+    contents = {key: fingerprint_of_contents(data, cache=kept, display=display) for key, (data, kept) in caches.items()}
     ledger = Ledger(run / "stages.json", {**contents, **_named_files(recipe)}, machine())
     ledger.refuse_retraining(recipe, run=run, redo=redo)
-    for key, (data, cache) in caches.items():
-        remember(data, contents[key], cache=cache)
+    for key, (data, kept) in caches.items():
+        remember(data, contents[key], cache=kept)
     fresh = afresh or not is_done(ledger, Stage("fit"), recipe, run=run)
     built = build(
         recipe.model,

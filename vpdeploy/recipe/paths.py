@@ -29,9 +29,7 @@ def _with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     if data.root:
         data = data.model_copy(update={"root": change(data.root)})
     if search.data and search.data.root:
-        search = search.model_copy(
-            update={"data": search.data.model_copy(update={"root": change(search.data.root)})}
-        )
+        search = search.model_copy(update={"data": search.data.model_copy(update={"root": change(search.data.root)})})
     if search.found:
         search = search.model_copy(update={"found": change(search.found)})
     return recipe.model_copy(update={"model": model, "data": data, "search": search})

@@ -242,7 +242,11 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
     table = recipe.search
     for key, info in type(table).model_fields.items():
         value = getattr(table, key)
-        if key in ("method", "found", "data") or key in METHOD_KEYS[table.method] or value == info.default:
+        if (
+            key in ("method", "found", "data", "granularity")
+            or key in METHOD_KEYS[table.method]
+            or value == info.default
+        ):
             continue
         users = ", ".join(method for method, keys in METHOD_KEYS.items() if key in keys)
         yield (
@@ -250,7 +254,8 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.{key}: got {_toml(value)} for search.method = {table.method!r}, which does not read it; leave it out, or "
             f"take one of {users}",
         )
-    if table.warmup and recipe.prompt.pixels.kind == "none" or table.warmup and recipe.prompt.pixels.stages == "tune":
+    pixels = recipe.prompt.pixels
+    if table.warmup and (pixels.kind == "none" or pixels.stages == "tune"):
         yield (
             ("search.warmup", "prompt.pixels.kind", "prompt.pixels.stages"),
             f"search.warmup: got {table.warmup} without a prompt in the search; expected 0: nothing would learn",
@@ -271,6 +276,8 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
 def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:
     """What goes with channels alone, and what with single weights."""
     search, budget = recipe.search, recipe.budget
+    if not any(getattr(budget, name) is not None for name in BUDGETS):
+        return  # what is there is wrong, and told
     of_weights = search.granularity != "channel"
     if of_weights != (budget.kind == "weight_ratio"):
         expected = "'weight_ratio'" if of_weights else "another budget, or search.granularity = 'weight'"

@@ -152,6 +152,8 @@ def _without(raw: dict[str, Any], wrong: Sequence[tuple[str, ...]]) -> Recipe:
     rest.setdefault("model", {}).setdefault("name", "?")
     rest.setdefault("data", {}).setdefault("name", "?")
     rest.setdefault("budget", {})
+    if rest.get("search", {}).get("data") is not None:
+        rest["search"]["data"].setdefault("name", "?")
     return Recipe.model_validate(rest)
 
 

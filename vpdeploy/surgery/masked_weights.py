@@ -36,7 +36,7 @@ class MaskedWeights(nn.Module):
 
 def weight_shapes(backbone: nn.Module) -> dict[str, torch.Size]:
     """Of the weights that masks are on: those of convolutions and linear layers, each once, in the order of the modules."""
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, Tensor] = {}
     for path, module in backbone.named_modules():
         if isinstance(module, _ConvNd | nn.Linear) and not any(module.weight is other for other in weights.values()):
             weights[f"{path}.weight".lstrip(".")] = module.weight

@@ -57,7 +57,7 @@ def train_weights(
     display: Display,
     gates: tuple[Tensor, ...] = (),
     before_step: Callable[[], None] | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[], object] | None = None,
     teacher: Teacher | None = None,
 ) -> Prompted:
     """Train whatever of ``network`` requires a gradient, in place, and return it in eval mode. It goes on where it stopped.
@@ -87,7 +87,7 @@ class _Weights:
     optimizer: torch.optim.Optimizer
     gates: tuple[Tensor, ...]
     before_step: Callable[[], None] | None
-    after_step: Callable[[], None] | None
+    after_step: Callable[[], object] | None
     teacher: Teacher | None
 
     def begin_epoch(self, epoch: int) -> None:

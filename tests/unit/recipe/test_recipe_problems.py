@@ -101,14 +101,14 @@ ONE_PROBLEM = [
     (
         {"budget": {"params_ratio": 0.5}},
         "budget: got macs_ratio and params_ratio; expected exactly one of channel_ratio, macs_ratio, params_ratio, "
-        "latency_ratio, latency_ms, file_mib, memory_mib: remove the others",
+        "weight_ratio, latency_ratio, latency_ms, file_mib, memory_mib: remove the others",
     ),
     ({"budget": {"macs_ratio": None}}, "budget: got none; expected exactly one of channel_ratio, macs_ratio, "),
     (
         {"budget": {"macs_ratio": None, "latency_ratio": 0.5, "latency_ms": 3.0}},
         "budget: got latency_ratio and latency_ms; expected exactly one of channel_ratio, macs_ratio, params_ratio, "
-        "latency_ratio, latency_ms, file_mib, memory_mib: two latency budgets cannot both be met exactly: keep one, or put "
-        "latency_ms into [budget.limits]",
+        "weight_ratio, latency_ratio, latency_ms, file_mib, memory_mib: two latency budgets cannot both be met "
+        "exactly: keep one, or put latency_ms into [budget.limits]",
     ),
     (
         {"budget": {"macs_ratio": None, "latency_ratio": 0.5, "limits": {"latency_ms": 3.0}}},
@@ -154,6 +154,25 @@ ONE_PROBLEM = [
     ),
     # single weights
     (
+        {
+            "search": {"granularity": "2:4", "score_init": "taylor"},
+            "budget": {"macs_ratio": None, "weight_ratio": 0.5},
+        },
+        "search.score_init: goes with channels, got search.granularity = '2:4'; leave it out",
+    ),
+    (
+        {"search": {"warmup": 1}, "prompt": {"pixels": {"kind": "none"}}},
+        "search.warmup: got 1 without a prompt in the search; expected 0: nothing would learn",
+    ),
+    (
+        {"search": {"warmup": 5}},
+        "search.warmup: got 5 with search.epochs = 5; expected fewer: scores learn in the rest",
+    ),
+    (
+        {"search": {"data": {"name": "imagefolder"}}},
+        "search.data.root: missing; expected the folder or .zip that holds the images",
+    ),
+    (
         {"search": {"granularity": "weight"}},
         "budget.macs_ratio: got 0.5 with search.granularity = 'weight'; expected 'weight_ratio'",
     ),
@@ -165,13 +184,13 @@ ONE_PROBLEM = [
     (
         {
             "search": {"granularity": "weight", "method": "slim"},
-            "budget": {"macs_ratio": None, "weight_ratio": 0.1, "limits": {"file_mib": 1.0}},
+            "budget": {"macs_ratio": None, "weight_ratio": 0.1},
         },
         "search.method: got 'slim' with search.granularity = 'weight'; expected a method that scores single weights",
     ),
     (
         {
-            "search": {"granularity": "2:4", "score_init": "taylor"},
+            "search": {"granularity": "2:4"},
             "budget": {"macs_ratio": None, "weight_ratio": 0.5, "limits": {"file_mib": 1.0}},
         },
         "budget.limits.file_mib: goes with channels, got search.granularity = '2:4'; leave it out",

@@ -88,6 +88,8 @@ def other(key: str, value: object) -> object:
         "input.canvas_size": 300,
         "data.test_fraction": 0.3,
         "search.strength": 0.01,
+        "search.granularity": "weight",
+        "search.data": {"name": "digits"},
         "budget.channel_ratio": 0.3,
         "target.engine": "torch-eager",
         "target.device": "cpu",

@@ -193,7 +193,7 @@ def test_a_ratio_of_one_keeps_everything():
 
 
 def test_a_cap_is_that_of_the_first_pattern_that_fits():
-    made = selector(16, 16, 16, requested=0.3, caps={"g1": 0.25, "g[12]": 0.5})
+    made = selector(16, 16, 16, requested=0.5, caps={"g1": 0.25, "g[12]": 0.5})
     assert made.least_widths.tolist() == [2, 12, 8]
     chosen = select(made, scores(g0=[9.0] * 16, g1=[0.0] * 16, g2=[0.0] * 16))
     assert chosen.mask.widths()["g1"] >= 12

@@ -244,7 +244,9 @@ def test_scores_are_taken_under_the_prompt_that_warmed_up(tmp_path: Path) -> Non
     for method in ("taylor", "magnitude"):
         for warmup in (0, 2):
             settled = recipe(search__method=method, search__warmup=warmup)
-            found[method, warmup] = searched(tiny.task(backbone, settled), tmp_path / f"{method}{warmup}", settled).scores
+            found[method, warmup] = searched(
+                tiny.task(backbone, settled), tmp_path / f"{method}{warmup}", settled
+            ).scores
     assert not torch.equal(found["taylor", 0]["conv1"], found["taylor", 2]["conv1"])
     assert torch.equal(found["magnitude", 0]["conv1"], found["magnitude", 2]["conv1"])
 
@@ -274,7 +276,9 @@ def test_a_gradual_budget_shrinks_by_the_same_share_in_every_step(watched: Watch
     for step, share in enumerate(steps):
         assert share <= 0.6 ** min(1.0, step / 8) + 1e-12
     assert steps[0] == 1 and steps[0] > steps[4] > steps[8]
-    assert all(share > 0.6 ** ((step + 2) / 8) for step, share in enumerate(steps[:7]))  # and is no smaller than it must
+    assert all(
+        share > 0.6 ** ((step + 2) / 8) for step, share in enumerate(steps[:7])
+    )  # and is no smaller than it must
 
 
 @pytest.mark.parametrize("kind", ["channel_ratio", "macs_ratio", "params_ratio"])

@@ -36,8 +36,8 @@ def tuned(
     dense: nn.Module | None = None,
 ) -> Tuned:
     return tune(
-        backbone, tiny.data(), prompt=prompt, dense=Dense(dense or backbone, label_map), label_map=label_map,
-        recipe=settled or recipe(), compute=compute,
+        backbone, tiny.data(), prompt=prompt, dense=Dense(dense or backbone, label_map), mask={},
+        label_map=label_map, recipe=settled or recipe(), compute=compute,
         journal=tiny.journal(folder), display=tiny.QUIET,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,7 @@ class Readers:
             start += group.width
         return Readers({name: (axis, place.to(device)) for name, (axis, place) in places.items()}, others.to(device))
 
-    def masked(self, weights: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    def masked(self, weights: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """z: each reading weight with the entries at 0 that read masked channels; to be differentiated by."""
         row = torch.cat([mask, mask.new_ones(1)])
         found = {}
@@ -103,7 +104,7 @@ class Readers:
             found[name] = (weight * row[place].view(-1, *(1,) * (weight.ndim - axis - 1))).requires_grad_(True)
         return found
 
-    def answers(self, weights: dict[str, Tensor], gradients: dict[str, Tensor], *, strength: float) -> Tensor:
+    def answers(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], *, strength: float) -> Tensor:
         """The mask's gradient by the weights that read it: [channels]."""
         total = torch.zeros(len(self.gated) + 1, device=self.gated.device)
         for name, (axis, place) in self.places.items():
@@ -120,14 +121,14 @@ class Entries:
     shapes: dict[str, torch.Size]
     gated: Tensor
 
-    def masked(self, weights: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    def masked(self, weights: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         parts = mask.split([shape.numel() for shape in self.shapes.values()])
         return {
             name: (weights[name].detach() * part.view(shape)).requires_grad_(True)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def answers(self, weights: dict[str, Tensor], gradients: dict[str, Tensor], *, strength: float) -> Tensor:
+    def answers(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], *, strength: float) -> Tensor:
         each = [(weights[name].detach() - strength * gradients[name]) * gradients[name] for name in self.shapes]
         return torch.cat([entries.flatten() for entries in each])
 
