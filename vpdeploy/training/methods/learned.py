@@ -119,7 +119,8 @@ class _Learner:
         return torch.ones_like(self.scores, requires_grad=False)
 
     def begin_scores(self) -> None:
-        self.scores.data.copy_(self.initial(self.network, self.data.train))
+        if len(self.scores):  # else the prompt alone learns: no criterion has anything to look at
+            self.scores.data.copy_(self.initial(self.network, self.data.train))
         self.warm = True
         if self.recipe.model.head in ("flm", "ilm"):
             self.map_labels()
