@@ -14,7 +14,6 @@ A dense network is trained once for each seed, input, head and fit, and shared. 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import math
@@ -25,11 +24,12 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from paper_rows import Row, draw, print_table, read_rows, write_csv, write_row
 
 if TYPE_CHECKING:
     from vpdeploy.data.prepared import Images
@@ -52,37 +52,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.method}-{self.budget}-{self.ratio:g}-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one run gave. Accuracies are fractions; ``top1_cut``: before tuning; ``top1_test``: nan while test is closed.
-
-    ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of every layer that writes one (as the
-    paper's code does). ``cpu_minutes``: of search and tuning, all threads; ``steps``: gradient steps of both.
-    """
-
-    method: str
-    budget: str
-    ratio: float
-    seed: int
-    macs_ratio: float
-    params_ratio: float
-    channel_ratio: float
-    layer_ratio: float
-    top1_dense_val: float
-    top1_cut_val: float
-    top1_val: float
-    top1_dense_test: float
-    top1_test: float
-    epochs_search: int
-    epochs_tune: int
-    steps: int
-    cpu_minutes_search: float
-    cpu_minutes_tune: float
-    wall_minutes: float
-    threads: int
-    machine: str
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -336,141 +305,6 @@ def run_grid(grid_file: Path, out: Path, *, only: Sequence[str], minutes: float,
 
 def row_file(cell: Cell, out: Path, *, test: bool) -> Path:
     return out / "rows" / ("test" if test else "val") / f"{cell.name}.json"
-
-
-def write_row(row: Row, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(row), indent=1))
-    partial.rename(path)
-
-
-def read_rows(out: Path, *, test: bool) -> list[Row]:
-    return [
-        Row(**json.loads(path.read_text()))
-        for path in sorted((out / "rows" / ("test" if test else "val")).glob("*.json"))
-    ]
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-# --- what it says -----------------------------------------------------------------------------------------------------
-
-
-def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None:
-    """Mean and deviation over seeds, mean rank, and paired differences to ``against`` with 95 % intervals (Student's t)."""
-    top1 = (lambda row: row.top1_test) if test else (lambda row: row.top1_val)
-    points = sorted({(row.budget, row.ratio) for row in rows}, key=lambda point: (point[0], -point[1]))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    by = {(row.method, row.budget, row.ratio, row.seed): row for row in rows}
-    ranks: dict[str, list[float]] = {method: [] for method in methods}
-    for budget, ratio in points:
-        print(f"\n{budget} = {ratio:g}\n")
-        print(
-            "| method | seeds | top-1 | before tuning | MACs ratio | channel ratio | CPU minutes |"
-            + (f" against {against} |" if against else "")
-        )
-        print("|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if against else ""))
-        means = {}
-        for method in methods:
-            own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
-            if not own:
-                continue
-            values = 100 * np.array([top1(row) for row in own])
-            means[method] = values.mean()
-            cells_ = [
-                method,
-                str(len(own)),
-                f"{values.mean():.2f} ± {values.std(ddof=1) if len(own) > 1 else 0:.2f}",
-                f"{100 * np.mean([row.top1_cut_val for row in own]):.1f}",
-                f"{np.mean([row.macs_ratio for row in own]):.3f}",
-                f"{np.mean([row.channel_ratio for row in own]):.3f}",
-                f"{np.mean([row.cpu_minutes_search + row.cpu_minutes_tune for row in own]):.1f}",
-            ]
-            if against:
-                pairs = [
-                    100 * (top1(row) - top1(other))
-                    for row in own
-                    if (other := by.get((against, budget, ratio, row.seed))) is not None
-                ]
-                cells_.append(difference(pairs) if method != against else "–")
-            print(f"| {' | '.join(cells_)} |")
-        for method, rank in zip(means, ranked([-value for value in means.values()]), strict=True):
-            ranks[method].append(rank)
-    print("\n| method | mean rank |\n|---|---:|")
-    for method in sorted((m for m in methods if ranks[m]), key=lambda m: np.mean(ranks[m])):
-        print(f"| {method} | {np.mean(ranks[method]):.2f} |")
-
-
-def ranked(values: Sequence[float]) -> list[float]:
-    """Places from 1, the least first; equal ones share the mean of theirs."""
-    return [
-        1 + sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2
-        for value in values
-    ]
-
-
-def difference(pairs: Sequence[float]) -> str:
-    if len(pairs) < 2:
-        return f"{pairs[0]:+.2f}" if pairs else "–"
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-    return f"{np.mean(pairs):+.2f} ({np.mean(pairs) - half:+.2f} to {np.mean(pairs) + half:+.2f})"
-
-
-def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
-    """Accuracy against MACs ratio, both channel ratios and measured time; what each method took. Means and deviations over seeds;
-    svg files in ``out``/figures.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    top1 = (lambda row: row.top1_test) if test else (lambda row: row.top1_val)
-    path = out / "times.json"
-    times = json.loads(path.read_text()) if path.exists() else {}
-    methods = list(dict.fromkeys(row.method for row in rows))
-    (out / "figures").mkdir(exist_ok=True)
-
-    def faster(row: Row) -> float:
-        found = [
-            t["factor"] for name, t in times.items() if name.startswith(f"{row.method}-{row.budget}-{row.ratio:g}-")
-        ]
-        return found[0] if found else math.nan
-
-    axes: dict[str, tuple[str, Callable[[Row], float]]] = {
-        "macs": ("MACs ratio (what remains)", lambda row: row.macs_ratio),
-        "channels": ("channel ratio, each group's channels once", lambda row: row.channel_ratio),
-        "layers": ("channel ratio, the outputs of all layers", lambda row: row.layer_ratio),
-        "time": ("times faster than dense", faster),
-        "cost": ("CPU minutes of search and tuning", lambda row: row.cpu_minutes_search + row.cpu_minutes_tune),
-    }
-    for name, (label, of) in axes.items():
-        figure, panel = pyplot.subplots(figsize=(6, 4))
-        for number, method in enumerate(methods):
-            points = []
-            for budget, ratio in sorted({(row.budget, row.ratio) for row in rows if row.method == method}):
-                own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
-                values = [100 * top1(row) for row in own]
-                points.append((np.mean([of(row) for row in own]), np.mean(values), np.std(values)))
-            x, y, spread = np.array(sorted(points)).T
-            panel.errorbar(
-                x, y, yerr=spread, label=method, marker="osD^vPX*"[number % 8], markersize=4, capsize=2, lw=1
-            )
-        panel.set_xlabel(label)
-        panel.set_ylabel(f"top-1 on {'test' if test else 'validation'} images, %")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, ncols=2)
-        figure.tight_layout()
-        figure.savefig(out / "figures" / f"{name}.svg", metadata={"Date": None})
-        pyplot.close(figure)
 
 
 def main() -> None:

@@ -21,9 +21,8 @@ def searching(work: Workbench) -> Workbench:
     if source is None or table is None:
         return work
     settled = work.recipe.model
-    head = (
-        settled.head if settled.head in ("flm", "ilm") else "auto"
-    )  # "keep" and "replace" were found for other classes
+    # "keep" and "replace" were found for other classes.
+    head = settled.head if settled.head in ("flm", "ilm") else "auto"
     model = settled.model_copy(update={"head": head})
     built = build(model, classes=len(source.classes), seed=work.recipe.seed)
     built = with_separate_heads(built, canvas_size=work.recipe.input.canvas)

@@ -34,6 +34,7 @@ from vpdeploy.stages import (
     read_recipe,
     skipped_file,
     source_file,
+    training_stages,
 )
 from vpdeploy.surgery.cut import cut
 from vpdeploy.training.compute import choose_compute
@@ -92,10 +93,10 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     Raises: RunFolderError when the folder holds another recipe's run; DataError, ModelError for what does not fit.
     """
     source = open_source(recipe.data, seed=recipe.seed)
-    search_source = _search_source(recipe)
     afresh = redo is not None and is_redone(Stage("fit"), redo)
     begun = read_recipe(run) if _has_trained(run) and not afresh else None
     recipe = recipe if begun is None else _as_before(recipe, begun)
+    search_source = _search_source(recipe, run=run, redo=redo)
     caches = {"data": (source, run / "inputs.json")}
     if search_source is not None:
         caches["search.data.name"] = (search_source, run / "inputs.search.json")
@@ -145,11 +146,21 @@ def _drop_state(run: Path, stage: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _search_source(recipe: Recipe) -> DataSource | None:
+def _search_source(recipe: Recipe, *, run: Path, redo: str | None) -> DataSource | None:
+    """The images of search.data; None where there is none, and where they are gone after every search is done."""
+    table = recipe.search.data_needed
+    if table is None:
+        return None
     try:
-        table = recipe.search.data_needed
-        return None if table is None else open_source(table, seed=recipe.seed)
+        return open_source(table, seed=recipe.seed)
     except DataError as e:
+        ledger = Ledger(run / "stages.json", {})
+        searches = [stage for stage in training_stages(recipe) if stage.kind == "search"]
+        if all(
+            is_done(ledger, stage, recipe, run=run) and not (redo is not None and is_redone(stage, redo))
+            for stage in searches
+        ):
+            return None
         raise DataError(f"search.{e}" if str(e).startswith("data.") else f"search.data: {e}") from e
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def test_scores_and_prompt_come_from_there_and_everything_else_from_here(tmp_pat
     )
     with pytest.raises(RunFolderError, match=r"search\.data\.val_fraction was 0\.1, is 0\.3.*'fit:search'"):
         prune(tmp_path / "run", other)
+
+
+def test_once_searched_its_images_may_be_gone(tmp_path, images):
+    there = tmp_path / "there"
+    shutil.copytree(images, there)
+    given = recipe(tmp_path, search={"epochs": 1, "data": {"name": "imagefolder", "root": "there"}})
+    prune(tmp_path / "run", given)
+    shutil.rmtree(there)
+    before = stages_of(tmp_path / "run")
+    prune(tmp_path / "run", given)
+    assert stages_of(tmp_path / "run") == before
+    with pytest.raises(DataError, match=r"^search\.data\.root: .* does not exist"):
+        prune(tmp_path / "run", given, redo="search")
 
 
 def test_the_same_data_there_gives_the_same_scores(tmp_path):
