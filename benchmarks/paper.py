@@ -6,9 +6,10 @@
     uv run python benchmarks/paper.py figures OUT [--test]
 
 A grid holds ``epochs`` (of search and tuning together, the same for every method), ``seeds``, ``[budgets]``, a ``[recipe]`` that
-all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Runs that are done are skipped; one that was cut off goes
-on after its last epoch; no run begins after ``--minutes``. ``--jobs``: how many runs at once, each with its share of the cores.
-A dense network is trained once for each seed, input, head and fit, and shared. Without ``--test`` the test split is not opened.
+all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Rows go to OUT/results.csv, and runs with a row there are
+done; what was cut off goes on after its last epoch; no run begins after ``--minutes``. ``--jobs``: how many runs at once,
+each with its share of the cores. A dense network is trained once for each seed, input, head and fit, and shared. Without
+``--test`` the test split is not opened.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from paper_rows import Row, draw, print_table, read_rows, write_csv, write_row
+from paper_rows import Row, draw, hand_over, print_table, read_rows, take_over
 
 if TYPE_CHECKING:
     from vpdeploy.data.prepared import Images
@@ -266,55 +267,55 @@ def measure_times(grid_file: Path, out: Path, *, seconds: float) -> None:
 def run_grid(grid_file: Path, out: Path, *, only: Sequence[str], minutes: float, jobs: int, test: bool) -> bool:
     """Run what is not done, ``jobs`` at once, until ``minutes`` are over. Whether all is done now."""
     began = time.monotonic()
-    left = [cell for cell in cells(read_grid(grid_file), only=only) if not row_file(cell, out, test=test).exists()]
-    running: dict[subprocess.Popen[bytes], Cell] = {}
-    failed: list[Cell] = []
-    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    while left or running:
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    take_over(out)
+    done = {row.name for row in read_rows(out, test=test)}
+    left = [cell for cell in cells(read_grid(grid_file), only=only) if cell.name not in done]
+    at = {cell: dense_folder(recipe_of(grid_file, cell), out) for cell in left}  # where its dense network lies
+    running: dict[subprocess.Popen[bytes], Cell | Path] = {}
+    failed: set[Cell | Path] = set()
+    while True:
         for process in [process for process in running if process.poll() is not None]:
-            cell = running.pop(process)
-            print(f"{cell.name}: {'done' if process.returncode == 0 else f'failed ({process.returncode})'}", flush=True)
-            failed += [cell] if process.returncode else []
-        in_time = time.monotonic() - began < 60 * minutes
-        while left and len(running) < jobs and in_time:
-            cell = left[0]
-            recipe = recipe_of(grid_file, cell)
-            if not (dense_folder(recipe, out) / "source.safetensors").exists():
-                if running:
-                    break  # its cores would be shared
-                make_dense(recipe, out)
-            left.pop(0)
-            folder_of(cell, out).parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, __file__, "cell", str(grid_file), "-o", str(out), "--name", cell.name]
-            log = (out / "runs" / f"{cell.name}.log").open("ab")
-            running[
-                subprocess.Popen(
-                    [*command, *(["--test"] if test else [])],
-                    env={**os.environ, "OMP_NUM_THREADS": threads},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            ] = cell
-        if not in_time and not running:
+            work = running.pop(process)
+            if process.returncode:
+                failed.add(work)
+            take_over(out)
+            name = work.name if isinstance(work, Cell) else f"dense {work.name}"
+            print(f"{name}: {f'failed ({process.returncode})' if process.returncode else 'done'}", flush=True)
+        ready = (cell for cell in left if at[cell] not in failed and at[cell] not in running.values())
+        cell = next(ready, None) if time.monotonic() - began < 60 * minutes else None
+        if cell is None and not running:
             break
-        time.sleep(0.5)
-    for cell in (*left, *failed):
+        if cell is None or len(running) == jobs:
+            time.sleep(0.5)
+            continue
+        made = (at[cell] / "source.safetensors").exists()
+        if made:
+            left.remove(cell)
+        command = [sys.executable, __file__, "cell" if made else "dense", str(grid_file), "-o", str(out)]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+        with (out / "runs" / f"{cell.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, "--name", cell.name, *(["--test"] if test and made else [])],
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        running[process] = cell if made else at[cell]
+    for cell in (*left, *(work for work in failed if isinstance(work, Cell))):
         print(f"{cell.name}: not run")
     return not left and not failed
-
-
-def row_file(cell: Cell, out: Path, *, test: bool) -> Path:
-    return out / "rows" / ("test" if test else "val") / f"{cell.name}.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "cell"):
+    for name in ("run", "cell", "dense"):
         command = commands.add_parser(name)
         command.add_argument("grid", type=Path)
         command.add_argument("-o", "--out", type=Path, required=True)
-        command.add_argument("--test", action="store_true", help="open the test split")
+        if name != "dense":
+            command.add_argument("--test", action="store_true", help="open the test split")
         if name == "run":
             command.add_argument("--only", type=lambda text: text.split(","), default=[])
             command.add_argument("--minutes", type=float, default=8.0)
@@ -333,16 +334,17 @@ def main() -> None:
     command.add_argument("--seconds", type=float, default=1.0)
     args = parser.parse_args()
     if args.command == "table":
-        rows = read_rows(args.out, test=args.test)
-        write_csv(rows, args.out / "results.csv")
-        print_table(rows, against=args.against, test=args.test)
+        print_table(read_rows(args.out, test=args.test), against=args.against, test=args.test)
     elif args.command == "figures":
         draw(read_rows(args.out, test=args.test), args.out, test=args.test)
     elif args.command == "times":
         measure_times(args.grid, args.out, seconds=args.seconds)
-    elif args.command == "cell":
+    elif args.command in ("cell", "dense"):
         (cell,) = [cell for cell in cells(read_grid(args.grid)) if cell.name == args.name]
-        write_row(run_cell(args.grid, cell, args.out, test=args.test), row_file(cell, args.out, test=args.test))
+        if args.command == "dense":
+            make_dense(recipe_of(args.grid, cell), args.out)
+        else:
+            hand_over(run_cell(args.grid, cell, args.out, test=args.test), args.out)
     else:
         whole = run_grid(args.grid, args.out, only=args.only, minutes=args.minutes, jobs=args.jobs, test=args.test)
         sys.exit(0 if whole else 1)

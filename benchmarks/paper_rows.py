@@ -42,26 +42,42 @@ class Row:
     threads: int
     machine: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.budget}-{self.ratio:g}-{self.seed}"
 
-def write_row(row: Row, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+def hand_over(row: Row, out: Path) -> None:
+    """Leave ``row`` for ``take_over``: runs side by side do not write to one table."""
+    path = out / "runs" / f"{row.name}.row.json"
     partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(asdict(row), indent=1))
+    partial.write_text(json.dumps(asdict(row)))
     partial.rename(path)
 
 
-def read_rows(out: Path, *, test: bool) -> list[Row]:
-    return [
-        Row(**json.loads(path.read_text()))
-        for path in sorted((out / "rows" / ("test" if test else "val")).glob("*.json"))
-    ]
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+def take_over(out: Path) -> None:
+    """Put the rows that runs handed over into out/results.csv, in place of older ones of the same runs."""
+    found = sorted((out / "runs").glob("*.row.json"))
+    rows = {row.name: row for row in (*read_rows(out), *(Row(**json.loads(path.read_text())) for path in found))}
+    partial = out / "results.part"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) for row in rows.values())
+    partial.rename(out / "results.csv")
+    for path in found:
+        path.unlink()
+
+
+def read_rows(out: Path, *, test: bool = False) -> list[Row]:
+    """The rows of out/results.csv. ``test``: only those that opened the test split."""
+    path = out / "results.csv"
+    if not path.exists():
+        return []
+    kinds = {field.name: {"str": str, "int": int, "float": float}[str(field.type)] for field in fields(Row)}
+    with path.open(newline="") as file:
+        rows = [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+    return [row for row in rows if not (test and math.isnan(row.top1_test))]
 
 
 def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None:

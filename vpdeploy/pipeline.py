@@ -248,7 +248,7 @@ def searched(
         place = searching(work)
         start = dense if place is work else _fitted(work, Stage("fit", FIT_ELSEWHERE), place)
         with work.doing(stage):
-            prompted = arm == "pruned" and work.recipe.prompt.pixels.stages in ("both", "search")
+            prompted = arm == "pruned" and work.recipe.prompt.pixels.learned_in("search")
             task = SearchTask(start, groups.prunable, selector, prompted)
             found = _found_before(work, arm, task) or search(
                 task,
@@ -376,13 +376,13 @@ def tuned(
     mask: Mapping[str, Tensor],
 ) -> None:
     """Stage 2: weights and prompt of one arm, on the same schedule as every other arm."""
-    stage, ships = Stage("tune", arm), work.recipe.prompt.pixels.stages != "search"
+    stage, prompted = Stage("tune", arm), arm in ("pruned", "dense+prompt")
     if not work.is_done(stage):
         with work.doing(stage):
             result = tune(
                 start.backbone,
                 work.training_data(),
-                prompt=prompt if arm in ("pruned", "dense+prompt") and ships else None,
+                prompt=prompt if prompted and work.recipe.prompt.pixels.learned_in("tune") else None,
                 dense=dense,
                 mask=mask,
                 label_map=start.label_map,

@@ -254,8 +254,7 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.{key}: got {_toml(value)} for search.method = {table.method!r}, which does not read it; leave it out, or "
             f"take one of {users}",
         )
-    pixels = recipe.prompt.pixels
-    if table.warmup and (pixels.kind == "none" or pixels.stages == "tune"):
+    if table.warmup and not recipe.prompt.pixels.learned_in("search"):
         yield (
             ("search.warmup", "prompt.pixels.kind", "prompt.pixels.stages"),
             f"search.warmup: got {table.warmup} without a prompt in the search; expected 0: nothing would learn",

@@ -163,6 +163,10 @@ class PixelsTable(Table):
         default="both", description="where the prompt is learned; search: then none is exported"
     )
 
+    def learned_in(self, stage: Literal["search", "tune"]) -> bool:
+        """Whether there is a prompt that learns in this stage. One that tuning learns ships."""
+        return self.kind != "none" and self.stages in ("both", stage)
+
 
 class PromptTable(Table):
     """The visual prompt."""
@@ -501,8 +505,8 @@ class Recipe(Table):
         """The arms compared, "dense" first: what the recipe names, or every arm that its prompt allows."""
         if self.compare.arms is not None:
             return tuple(arm for arm in ARMS if arm in self.compare.arms)
-        shipped = self.prompt.pixels.kind != "none" and self.prompt.pixels.stages != "search"
-        return ("dense", "dense+prompt", "pruned") if shipped else ("dense", "pruned")
+        ships = self.prompt.pixels.learned_in("tune")
+        return ("dense", "dense+prompt", "pruned") if ships else ("dense", "pruned")
 
 
 def data_tables(recipe: Recipe) -> list[tuple[str, DataTable]]:

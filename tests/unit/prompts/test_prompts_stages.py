@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ import torch
 
 from vpdeploy.models.build import Built
 from vpdeploy.pipeline import searched, tuned
-from vpdeploy.recipe.tables import ARMS, Recipe
+from vpdeploy.recipe.tables import ARMS, Method, Recipe
 from vpdeploy.run_folder import read_network
 from vpdeploy.stages import Ledger
 from vpdeploy.values import Dense, Found
@@ -62,11 +63,34 @@ def test_where_a_prompt_is_learned_and_which_arm_ships_one(tmp_path: Path, stage
 
 
 @pytest.mark.parametrize("arm", ["dense", "pruned"])
-def test_kind_none_ships_none(tmp_path: Path, arm: str) -> None:
-    settled = tiny.recipe({"prompt.pixels.kind": "none", "search.epochs": 1, "tune.epochs": 1})
+@pytest.mark.parametrize("method", get_args(Method))
+def test_kind_none_ships_none(tmp_path: Path, method: str, arm: str) -> None:
+    settled = tiny.recipe({"search.method": method, "prompt.pixels.kind": "none", "search.epochs": 1, "tune.epochs": 1})
     found, shipped = searched_and_tuned(tmp_path, settled, arm)
     assert shipped == {}
     assert found is None or found.prompt == {}
+
+
+@pytest.mark.parametrize("method", ["taylor", "omp"])
+def test_without_a_prompt_to_learn_one_look_takes_no_epochs(tmp_path: Path, method: str) -> None:
+    """A prompt would learn for search.epochs under the scores' mask; methods that train weights need the epochs for these."""
+    settled = tiny.recipe({"search.method": method, "prompt.pixels.kind": "none", "search.epochs": 2, "tune.epochs": 1})
+    searched_and_tuned(tmp_path, settled, "pruned")
+    lines = [json.loads(line)["stage"] for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines.count("search:pruned") == (0 if method == "taylor" else 2)
+
+
+def test_scores_of_an_earlier_run_need_no_prompt_where_none_learns(tmp_path: Path) -> None:
+    """The scores of a search without a prompt."""
+    tables = {"search.method": "magnitude", "prompt.pixels.kind": "none", "tune.epochs": 1}
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    found, _ = searched_and_tuned(first, tiny.recipe(tables), "pruned")
+    again, _ = searched_and_tuned(
+        second, tiny.recipe({**tables, "search.found": str(first / "found.safetensors")}), "pruned"
+    )
+    assert found is not None and again is not None
+    assert all(torch.equal(scores, again.scores[name]) for name, scores in found.scores.items())
 
 
 @pytest.mark.parametrize("stages", ["both", "tune"])
