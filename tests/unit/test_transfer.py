@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from vpdeploy import pipeline, run_folder
 from vpdeploy.errors import DataError, ModelError, RecipeError, RunFolderError
+from vpdeploy.models.cifar_resnet import CifarResNet
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import Recipe
@@ -89,14 +91,32 @@ def test_once_searched_its_images_may_be_gone(tmp_path, images):
 
 
 def test_the_same_data_there_gives_the_same_scores(tmp_path):
-    search = {"epochs": 1, "data": {"name": "digits", "limit_train": 200}}
-    prune(tmp_path / "there", recipe(tmp_path, search=search))
-    prune(tmp_path / "here", recipe(tmp_path, search={"epochs": 1}))
+    data = {"name": "digits", "limit_train": 200, "augment": "none"}
+    prune(tmp_path / "there", recipe(tmp_path, search={"epochs": 1, "data": data}))
+    prune(tmp_path / "here", recipe(tmp_path, search={"epochs": 1}, data=data))
     there, here = (run_folder.read_found(tmp_path / name / "found.safetensors") for name in ("there", "here"))
     for name, scores in here.scores.items():
         torch.testing.assert_close(there.scores[name], scores, rtol=0, atol=0)
     for name, value in here.prompt.items():
         torch.testing.assert_close(there.prompt[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head, rows, moves", [("auto", CLASSES, {"linear"}), ("flm", 10, set())])
+def test_the_network_there_learns_what_its_classes_need(tmp_path, images, head, rows, moves):
+    """Of published weights nothing is fitted here; there, a new classifier alone, and none where classes are mapped."""
+    torch.manual_seed(0)
+    published = CifarResNet(1, 10).state_dict()
+    save_file(published, tmp_path / "published.safetensors")
+    model = {"name": "cifar_resnet8", "weights": "published.safetensors", "head": head}
+    given = recipe(tmp_path, model=model, search={"epochs": 1, "data": {"name": "imagefolder", "root": str(images)}})
+    prune(tmp_path / "run", given)
+    there = run_folder.read_network(tmp_path / "run/source.search.safetensors")[0]
+    assert len(there["linear.weight"]) == rows
+    moved = {name for name, tensor in there.items() if not torch.equal(tensor, published[name])}
+    assert {name.split(".")[0] for name in moved if "running" not in name and "tracked" not in name} == moves
+    found, here = (run_folder.read_tensors(tmp_path / f"run/{name}.safetensors")[1] for name in ("found", "source"))
+    assert found["label_map"] == here["label_map"]
+    assert (found["label_map"] is None) == (head == "auto")
 
 
 def test_with_scores_given_nothing_is_fitted_there(tmp_path):
