@@ -62,6 +62,10 @@ def test_scores_and_prompt_come_from_there_and_everything_else_from_here(tmp_pat
     given = recipe(tmp_path, search={"epochs": 1, "data": {"name": "imagefolder", "root": str(images)}})
     prune(tmp_path / "run", given)
     assert set(stages_of(tmp_path / "run")) == {"fit", "fit:search", "search:pruned", "tune:dense", "tune:pruned"}
+    assert {path.name for path in (tmp_path / "run").glob("skipped.*.txt")} >= {
+        "skipped.search.txt",
+        "skipped.training.txt",
+    }
     there = run_folder.read_network(tmp_path / "run/source.search.safetensors")[0]
     here = run_folder.read_network(tmp_path / "run/pruned.safetensors")[0]
     assert there["linear.weight"].shape[0] == CLASSES and here["linear.weight"].shape[0] == 10
