@@ -414,6 +414,10 @@ class TuneTable(Table):
     temperature: Positive = Field(
         default=2.0, description="that both networks' outputs are divided by where they are compared"
     )
+    teacher: Literal["every-step", "once"] = Field(
+        default="every-step",
+        description="when the dense network is asked for its outputs: for every batch as it is augmented, a forward of it in each step; or once for each image and its mirror image, before the first step",
+    )
     batch_size: Count = Field(default=128, description="images per step")
 
 

@@ -45,8 +45,10 @@ class Learner(Protocol):
 
     def begin_epoch(self, epoch: int) -> None: ...
 
-    def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
-        """Learn from one batch, [n, 3, s, s] in [0, 1] and [n]; gives its loss. ``done``: the share of all steps before it."""
+    def step(self, images: Tensor, labels: Tensor, *, places: Tensor, done: float) -> Tensor:
+        """Learn from one batch, [n, 3, s, s] in [0, 1] and [n]; gives its loss. ``places`` [n]: which training images these are;
+        ``done``: the share of all steps before it.
+        """
         ...
 
     def values(self) -> tuple[Tensor, ...]:
@@ -105,9 +107,9 @@ def _epoch(
         images, course.batch_size, seed=course.seed, stage=course.streams, epoch=epoch, how=course.augment
     )
     with display.bar(walk, label=f"{course.label}epoch {epoch + 1}/{course.epochs}", total=steps) as bar:
-        for step, (pixels, labels) in enumerate(bar):
+        for step, (pixels, labels, places) in enumerate(bar):
             done = (epoch * steps + step) / (course.epochs * steps)
-            loss = learner.step(to_pixels(pixels, device), labels.to(device), done=done)
+            loss = learner.step(to_pixels(pixels, device), labels.to(device), places=places, done=done)
             total += loss.detach() * len(labels)
     return _finite(float(total) / count, course.remedy), time.perf_counter() - began, count
 
@@ -123,15 +125,15 @@ def images_per_epoch(count: int, batch_size: int) -> int:
 
 def training_batches(
     images: Images, batch_size: int, *, seed: int, stage: str, epoch: int, how: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch's batches, shuffled and augmented: (uint8 [n, 3, s, s], int64 [n]). Order and augmentation have their own
-    streams, so that changing one leaves the other.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One epoch's batches, shuffled and augmented: uint8 [n, 3, s, s], labels and places among ``images``, both int64 [n]. Order
+    and augmentation have their own streams, so that changing one leaves the other.
     """
     order = torch.randperm(len(images), generator=stream(seed, stage, epoch, "order"))
     order = order[: images_per_epoch(len(images), batch_size)]
     generator = stream(seed, stage, epoch, "augment")
-    for pixels, labels in batches(images, order, batch_size):
-        yield augment(pixels, how, generator=generator), labels
+    for (pixels, labels), places in zip(batches(images, order, batch_size), order.split(batch_size), strict=True):
+        yield augment(pixels, how, generator=generator), labels, places
 
 
 def _finite(loss: float, remedy: str) -> float:

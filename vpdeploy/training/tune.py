@@ -14,7 +14,7 @@ from vpdeploy.run_folder import Journal
 from vpdeploy.surgery.masked_weights import set_to_zero
 from vpdeploy.training.fit import at_rest
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
-from vpdeploy.training.weights import Teacher, WeightSchedule, train_weights
+from vpdeploy.training.weights import Teacher, WeightSchedule, asked_every_step, asked_once, train_weights
 from vpdeploy.values import Dense, Tuned
 
 
@@ -55,14 +55,16 @@ def tune(
         augment=recipe.data.augment,
     )
     zeros = partial(set_to_zero, network.backbone, mask) if mask else None
-    teacher = None
-    if table.distill > 0:
-        canvas_alone = build_canvas(recipe, prompted=False)
-        at_rest_too = copy.deepcopy(dense.backbone).requires_grad_(False)
-        teacher = Teacher(
-            Prompted(canvas_alone, at_rest_too, compute, label_map=dense.label_map).eval(),
-            table.distill,
-            table.temperature,
-        )
+    teacher = _teacher(dense, data, recipe, compute) if table.distill > 0 else None
     train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher, after_step=zeros)
     return Tuned(at_rest(network.backbone), prompt_state(canvas), None if label_map is None else tuple(label_map))
+
+
+def _teacher(dense: Dense, data: TrainingData, recipe: Recipe, compute: Compute) -> Teacher:
+    table, backbone = recipe.tune, copy.deepcopy(dense.backbone).requires_grad_(False)
+    network = Prompted(build_canvas(recipe, prompted=False), backbone, compute, label_map=dense.label_map).eval()
+    if table.teacher == "once":
+        outputs = asked_once(network, data.train, mirrored="flip" in recipe.data.augment)
+    else:
+        outputs = asked_every_step(network)
+    return Teacher(outputs, table.distill, table.temperature)

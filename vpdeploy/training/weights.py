@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpdeploy.data.prepared import Images, batches
 from vpdeploy.progress import Display
 from vpdeploy.run_folder import Journal
+from vpdeploy.training.evaluate import EVALUATION_BATCH
 from vpdeploy.training.loop import Course, train
-from vpdeploy.training.network import Prompted, TrainingData, set_learning_rates
+from vpdeploy.training.network import Prompted, TrainingData, set_learning_rates, to_pixels
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,43 @@ class WeightSchedule:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network at rest whose outputs others learn to give (Hinton et al., arXiv:1503.02531)."""
+    """Outputs that a network learns to give, beside the labels (Hinton et al., arXiv:1503.02531)."""
 
-    network: Prompted
+    outputs: Callable[
+        [Tensor, Tensor], Tensor
+    ]  # a batch [n, 3, s, s], its places among the training images [n] -> [n, k]
     share: float
     temperature: float
 
-    def divergence(self, logits: Tensor, images: Tensor) -> Tensor:
+    def divergence(self, logits: Tensor, images: Tensor, places: Tensor) -> Tensor:
         """Kullback-Leibler, of both softened by the temperature T, times T^2: its gradient keeps its size whatever T is."""
-        with torch.no_grad():
-            mine = self.network(images, fast=True) / self.temperature
+        mine = F.log_softmax(self.outputs(images, places) / self.temperature, dim=1)
         other = F.log_softmax(logits / self.temperature, dim=1)
-        return F.kl_div(other, F.log_softmax(mine, dim=1), reduction="batchmean", log_target=True) * self.temperature**2
+        return F.kl_div(other, mine, reduction="batchmean", log_target=True) * self.temperature**2
+
+
+def asked_every_step(network: Prompted) -> Callable[[Tensor, Tensor], Tensor]:
+    """The outputs of ``network`` for the very batch that the other one sees."""
+
+    @torch.no_grad()
+    def outputs(images: Tensor, places: Tensor) -> Tensor:
+        return network(images, fast=True)
+
+    return outputs
+
+
+def asked_once(network: Prompted, images: Images, *, mirrored: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The outputs of ``network`` for each of ``images`` as it is, remembered; ``mirrored``: their mean with those for its mirror
+    image. Shifts are not looked at: one pass in place of one in every epoch.
+    """
+    network.eval()
+    device, parts = network.compute.device, []
+    with torch.no_grad():
+        for pixels, _ in batches(images, torch.arange(len(images)), EVALUATION_BATCH):
+            views = [pixels, pixels.flip(3)] if mirrored else [pixels]
+            parts.append(torch.stack([network(to_pixels(view, device), fast=True) for view in views]).mean(dim=0))
+    remembered = torch.cat(parts)
+    return lambda images, places: remembered[places.to(device)]
 
 
 def train_weights(
@@ -93,13 +120,15 @@ class _Weights:
     def begin_epoch(self, epoch: int) -> None:
         pass
 
-    def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, *, places: Tensor, done: float) -> Tensor:
         peaks = (self.schedule.weight_lr, self.schedule.weight_lr, self.schedule.prompt_lr)  # of the optimizer's groups
         set_learning_rates(self.optimizer, peaks=peaks, done=done)
         logits = self.network(images, *self.gates)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.schedule.label_smoothing)
         if self.teacher is not None:
-            loss = self.teacher.share * self.teacher.divergence(logits, images) + (1 - self.teacher.share) * loss
+            loss = (
+                self.teacher.share * self.teacher.divergence(logits, images, places) + (1 - self.teacher.share) * loss
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.before_step is not None:

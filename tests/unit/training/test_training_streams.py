@@ -18,17 +18,17 @@ PARTS = st.tuples(st.integers(0, 2**31), st.lists(st.one_of(st.text(max_size=4),
 PURPOSES = ("order", "augment", "prompt", "global", "scores")
 
 
-def batches(**values: Any) -> list[tuple[Tensor, Tensor]]:
+def batches(**values: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
     plain: dict[str, Any] = {"seed": 7, "stage": "tune", "epoch": 0, "how": "crop-flip"}
     return list(training_batches(tiny.images(28, seed=0), 8, **{**plain, **values}))
 
 
 def pixels(**values: Any) -> Tensor:
-    return torch.cat([x for x, _ in batches(**values)])
+    return torch.cat([x for x, _, _ in batches(**values)])
 
 
 def labels(**values: Any) -> list[int]:
-    return torch.cat([y for _, y in batches(**values)]).tolist()
+    return torch.cat([y for _, y, _ in batches(**values)]).tolist()
 
 
 @given(PARTS, PARTS)
@@ -49,6 +49,13 @@ def test_a_stream_belongs_to_seed_stage_epoch_and_purpose() -> None:
     torch.rand(3)  # what else is drawn does not matter
     assert first == {key: torch.rand(4, generator=stream(*key)).tolist() for key in reversed(keys)}
     assert len({tuple(numbers) for numbers in first.values()}) == len(keys)
+
+
+def test_places_say_which_images_a_batch_holds() -> None:
+    images = tiny.images(28, seed=0)
+    assert images.pixels is not None
+    for seen, labels, places in batches(how="none"):
+        assert torch.equal(seen, images.pixels[places]) and torch.equal(labels, images.labels[places])
 
 
 def test_order_does_not_depend_on_augmentation() -> None:

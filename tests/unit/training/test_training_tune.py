@@ -16,7 +16,7 @@ from vpdeploy.surgery.plan import plan
 from vpdeploy.training import tune as module
 from vpdeploy.training.network import Compute, Prompted, build_canvas, prompt_state
 from vpdeploy.training.tune import tune
-from vpdeploy.training.weights import Teacher
+from vpdeploy.training.weights import Teacher, asked_every_step, asked_once
 from vpdeploy.values import ChannelMask, Dense, Tuned
 
 
@@ -172,17 +172,18 @@ class FrameReader(nn.Module):
 # --- distillation -----------------------------------------------------------------------------------------------------
 
 
-def teacher(network: nn.Module, *, temperature: float = 2.0, share: float = 0.5) -> Teacher:
-    return Teacher(Prompted(build_canvas(recipe(), prompted=False), network, tiny.COMPUTE).eval(), share, temperature)
+def prompted(network: nn.Module) -> Prompted:
+    return Prompted(build_canvas(recipe(), prompted=False), network, tiny.COMPUTE).eval()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_the_divergence_is_that_of_softened_outputs(temperature: float) -> None:
     images = torch.rand(4, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(0))
-    of = teacher(tiny.network(), temperature=temperature)
+    network = prompted(tiny.network())
+    of = Teacher(asked_every_step(network), share=0.5, temperature=temperature)
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
-    found = of.divergence(logits, images)
-    p = (of.network(images).detach() / temperature).softmax(dim=1).double()
+    found = of.divergence(logits, images, torch.arange(4))
+    p = (network(images).detach() / temperature).softmax(dim=1).double()
     q = (logits.detach() / temperature).softmax(dim=1).double()
     assert float(found.detach()) == pytest.approx(float((p * (p / q).log()).sum() / 4) * temperature**2, rel=1e-4)
     (gradient,) = torch.autograd.grad(found, logits)
@@ -190,8 +191,33 @@ def test_the_divergence_is_that_of_softened_outputs(temperature: float) -> None:
 
 
 def test_a_network_does_not_differ_from_itself() -> None:
-    of, images = teacher(tiny.network()), torch.rand(4, 3, tiny.SIZE, tiny.SIZE)
-    assert abs(float(of.divergence(of.network(images).detach(), images))) < 1e-6
+    network, images = prompted(tiny.network()), torch.rand(4, 3, tiny.SIZE, tiny.SIZE)
+    of = Teacher(asked_every_step(network), share=0.5, temperature=2.0)
+    assert abs(float(of.divergence(network(images).detach(), images, torch.arange(4)))) < 1e-6
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_what_is_remembered_is_of_the_image_and_its_mirror_image(mirrored: bool) -> None:
+    network, images = prompted(tiny.network()), tiny.data().train
+    assert images.pixels is not None
+    outputs, x = asked_once(network, images, mirrored=mirrored), images.pixels / 255
+    with torch.no_grad():
+        expected = (network(x) + network(x.flip(3))) / 2 if mirrored else network(x)
+    places = torch.tensor([5, 0, 5, 11])
+    elsewhere = torch.rand(4, 3, tiny.SIZE, tiny.SIZE)  # what the batch looks like does not matter
+    torch.testing.assert_close(outputs(elsewhere, places), expected[places])
+
+
+@pytest.mark.parametrize(
+    "when, augment, forwards", [("every-step", "flip", 2 * 4), ("once", "flip", 2), ("once", "crop", 1)]
+)
+def test_how_often_the_dense_network_is_asked(tmp_path: Path, when: str, augment: str, forwards: int) -> None:
+    """28 images in batches of 8, for two epochs; to remember them, they fit one batch."""
+    dense, asked = tiny.network(seed=3), []
+    dense.register_forward_hook(lambda *_: asked.append(1))
+    settled = recipe(tune__distill=0.5, tune__epochs=2, tune__batch_size=8, tune__teacher=when, data__augment=augment)
+    tuned(pruned(tiny.network()), tmp_path, settled=settled, dense=dense)
+    assert len(asked) == forwards
 
 
 def test_distilled_weights_come_nearer_to_the_dense_outputs(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_every_step_has_its_place_on_the_cosine(monkeypatch: pytest.MonkeyPatch,
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_an_epoch_sees_every_image_once_but_never_one_alone(count: int, batch_size: int) -> None:
     images = tiny.images(count, seed=0)
-    walked = [labels for _, labels in training_batches(images, batch_size, seed=1, stage="fit", epoch=0, how="none")]
+    walked = [labels for _, labels, _ in training_batches(images, batch_size, seed=1, stage="fit", epoch=0, how="none")]
     seen = sum(len(labels) for labels in walked)
     assert seen == images_per_epoch(count, batch_size)
     assert len(walked) == math.ceil(seen / batch_size)

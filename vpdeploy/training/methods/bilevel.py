@@ -155,7 +155,7 @@ class _Learner:
     def gates(self) -> Tensor:
         return hard_mask(self.selector, self.scores).to(self.scores.dtype)
 
-    def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, *, places: Tensor, done: float) -> Tensor:
         """The loss is the upper level's."""
         table = self.recipe.search
         set_learning_rates(self.lower, peaks=(table.weight_lr,), done=done)

@@ -134,7 +134,7 @@ class _Learner:
         elif self.recipe.model.head == "ilm" and epoch > 0:
             self.map_labels()
 
-    def step(self, images: Tensor, labels: Tensor, *, done: float) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, *, places: Tensor, done: float) -> Tensor:
         """The loss is that of the prompted step."""
         table, self.done = self.recipe.search, done
         set_learning_rates(self.optimizer, peaks=(table.score_lr, table.prompt_lr), done=done)
