@@ -270,6 +270,12 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             ("search.rounds", "search.epochs"),
             f"search.rounds: got {table.rounds} with search.epochs = {table.epochs}; expected at most as many: each round trains",
         )
+    if table.method == "iterative" and not 2 <= table.rounds <= table.epochs + 1:
+        yield (
+            ("search.rounds", "search.epochs", "search.method"),
+            f"search.rounds: got {table.rounds} for search.method = 'iterative' with search.epochs = {table.epochs}; expected "
+            f"2 to {table.epochs + 1}: weights train between rounds, for one epoch or more",
+        )
 
 
 def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:

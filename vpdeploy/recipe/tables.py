@@ -201,6 +201,7 @@ Method = Literal[
     "bip",
     "omp",
     "lth",
+    "iterative",
 ]
 _PROMPT = frozenset({"epochs", "batch_size", "prompt_lr"})
 _ONCE = _PROMPT | {"warmup"}
@@ -221,6 +222,7 @@ METHOD_KEYS: dict[str, frozenset[str]] = {
     "bip": _TRAINED | {"strength", "score_lr"},
     "omp": _TRAINED | {"norm", "per_cost"},
     "lth": _TRAINED | {"norm", "rounds", "per_cost"},
+    "iterative": _TRAINED | {"rounds", "per_cost"},
 }
 
 
@@ -229,7 +231,7 @@ class SearchTable(Table):
 
     method: Method = Field(
         default="vpns",
-        description="vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights: slim, group_sl, bip, omp, lth (docs/methods.md)",
+        description="vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights: slim, group_sl, bip, omp, lth, iterative (docs/methods.md)",
     )
     granularity: Literal["channel", "weight", "2:4"] = Field(
         default="channel",
@@ -242,10 +244,12 @@ class SearchTable(Table):
     batch_size: Count = Field(default=128, description="images per step")
     score_lr: Positive = Field(default=0.05, description="vpns, hydra, bip: Adam, cosine decay")
     prompt_lr: Positive = Field(
-        default=1e-3, description="cosine decay, in [0, 1] pixel units; Adam, but SGD for slim, group_sl, omp and lth"
+        default=1e-3,
+        description="cosine decay, in [0, 1] pixel units; Adam, but SGD for slim, group_sl, omp, lth and iterative, which keeps the rate",
     )
     weight_lr: Positive = Field(
-        default=0.01, description="slim, group_sl, bip, omp, lth: SGD with momentum 0.9, cosine decay"
+        default=0.01,
+        description="slim, group_sl, bip, omp, lth: SGD with momentum 0.9, cosine decay; iterative: the same without decay",
     )
     strength: Positive | None = Field(
         default=None,
@@ -257,7 +261,7 @@ class SearchTable(Table):
     )
     rounds: Count = Field(
         default=1,
-        description="magnitude, taylor, snip, grasp, synflow, lth: how often scores are taken, each time of what the mask so far leaves",
+        description="magnitude, taylor, snip, grasp, synflow, lth, iterative (2 or more): how often scores are taken, each time of what the mask so far leaves",
     )
     per_cost: bool = Field(
         default=False,

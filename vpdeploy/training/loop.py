@@ -25,7 +25,8 @@ from vpdeploy.values import EpochRecord
 @dataclass(frozen=True)
 class Course:
     """How often and in what order images come. ``streams`` names the random streams: stages that share it see the same data in
-    the same order; ``label`` stands before a progress bar.
+    the same order; ``label`` stands before a progress bar. A course that is one part of a stage has ``earlier`` epochs before it,
+    of ``total`` in all parts.
     """
 
     streams: str
@@ -35,6 +36,8 @@ class Course:
     augment: str
     remedy: str  # for a loss that is not finite
     label: str = ""
+    earlier: int = 0
+    total: int | None = None
 
 
 class Learner(Protocol):
@@ -78,8 +81,8 @@ def train(learner: Learner, data: TrainingData, *, course: Course, journal: Jour
             loss, seconds, images = _epoch(learner, data.train, course=course, epoch=epoch, display=display)
         record = EpochRecord(
             stage=journal.stage,
-            epoch=epoch + 1,
-            epochs=course.epochs,
+            epoch=course.earlier + epoch + 1,
+            epochs=course.total or course.epochs,
             loss=loss,
             accuracy_val=accuracy(learner.network, data.val, *learner.values()),
             seconds=seconds,

@@ -32,6 +32,9 @@ class WeightSchedule:
     weight_decay: float
     label_smoothing: float
     augment: str
+    decays: bool = True  # along a cosine to 0; else all rates stay as they are
+    earlier: int = 0  # epochs of the stage that were trained before
+    total: int | None = None  # epochs of the stage, where it has several parts
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def train_weights(
         batch_size=schedule.batch_size,
         augment=schedule.augment,
         remedy="a smaller weight_lr",
+        earlier=schedule.earlier,
+        total=schedule.total,
     )
     learner = _Weights(network, schedule, _optimizer(network, schedule), gates, before_step, after_step, teacher)
     train(learner, data, course=course, journal=journal, display=display)
@@ -122,7 +127,7 @@ class _Weights:
 
     def step(self, images: Tensor, labels: Tensor, *, places: Tensor, done: float) -> Tensor:
         peaks = (self.schedule.weight_lr, self.schedule.weight_lr, self.schedule.prompt_lr)  # of the optimizer's groups
-        set_learning_rates(self.optimizer, peaks=peaks, done=done)
+        set_learning_rates(self.optimizer, peaks=peaks, done=done if self.schedule.decays else 0.0)
         logits = self.network(images, *self.gates)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.schedule.label_smoothing)
         if self.teacher is not None:

@@ -65,7 +65,12 @@ def test_where_a_prompt_is_learned_and_which_arm_ships_one(tmp_path: Path, stage
 @pytest.mark.parametrize("arm", ["dense", "pruned"])
 @pytest.mark.parametrize("method", get_args(Method))
 def test_kind_none_ships_none(tmp_path: Path, method: str, arm: str) -> None:
-    settled = tiny.recipe({"search.method": method, "prompt.pixels.kind": "none", "search.epochs": 1, "tune.epochs": 1})
+    settled = tiny.recipe(
+        {
+            **{"search.method": method, "search.rounds": 2 if method == "iterative" else 1},
+            **{"prompt.pixels.kind": "none", "search.epochs": 1, "tune.epochs": 1},
+        }
+    )
     found, shipped = searched_and_tuned(tmp_path, settled, arm)
     assert shipped == {}
     assert found is None or found.prompt == {}

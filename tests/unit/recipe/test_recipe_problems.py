@@ -148,6 +148,14 @@ ONE_PROBLEM = [
         {"search": {"method": "lth", "rounds": 7, "epochs": 5}},
         "search.rounds: got 7 with search.epochs = 5; expected at most as many: each round trains",
     ),
+    *(
+        (
+            {"search": {"method": "iterative", "rounds": rounds, "epochs": 2}},
+            f"search.rounds: got {rounds} for search.method = 'iterative' with search.epochs = 2; expected 2 to 3: weights train "
+            "between rounds, for one epoch or more",
+        )
+        for rounds in (1, 4)
+    ),
     (
         {"budget": {"speed": True}, "search": {"method": "taylor"}},
         "budget.speed: got true with search.per_cost = false, which weighs nothing against time; expected true there",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch.nn import functional as F
 from vpdeploy.recipe.tables import METHOD_KEYS, Recipe
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.criteria.norm_scale import norm_scale
+from vpdeploy.scoring.rounds import eased
+from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.straight_through import hard_mask
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.training import loop
+from vpdeploy.training.loop import training_batches
 from vpdeploy.training.methods import bilevel, rewound
-from vpdeploy.training.methods.criteria import _balanced
+from vpdeploy.training.methods.criteria import _balanced, importance
 from vpdeploy.training.methods.learned import search_step
 from vpdeploy.training.methods.registry import METHODS, search
 from vpdeploy.training.methods.sparse import GROWTH, GroupPenalty, ScalePenalty
@@ -30,7 +34,7 @@ from vpdeploy.training.network import Prompted, build_canvas
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import ChannelGroup, Found, Member
 
-TRAINING = ("slim", "group_sl", "bip")
+TRAINING = ("slim", "group_sl", "bip", "iterative")
 REWOUND = ("omp", "lth")
 ONCE = ("random", "magnitude", "taylor", "snip", "grasp", "synflow")
 
@@ -48,7 +52,7 @@ def searched(folder: Path, settled: Recipe, *, prompted: bool = True, network: n
 
 
 def settled_for(method: str, **values: Any) -> Recipe:
-    values = {"search__rounds": 2, **values} if method == "lth" else values
+    values = {"search__rounds": 2, **values} if method in ("lth", "iterative") else values
     return recipe(search__method=method, **values)
 
 
@@ -240,8 +244,9 @@ def test_a_ticket_is_drawn_in_rounds(tmp_path, monkeypatch):
     assert len(found.tensors) == 0
 
 
-def test_a_ticket_cut_off_in_its_second_round_ends_the_same(tmp_path, monkeypatch):
-    settled = recipe(search__method="lth", search__rounds=2, search__epochs=4)
+@pytest.mark.parametrize("method, rounds", [("lth", 2), ("iterative", 3)])
+def test_a_search_cut_off_in_its_second_part_ends_the_same(tmp_path, monkeypatch, method, rounds):
+    settled = recipe(search__method=method, search__rounds=rounds, search__epochs=4)
     expected = searched(tmp_path / "whole", settled)
 
     taken, original = [0], loop.to_pixels
@@ -263,6 +268,55 @@ def test_a_ticket_cut_off_in_its_second_round_ends_the_same(tmp_path, monkeypatc
     assert taken[0] == 104  # one epoch was left
     assert all(torch.equal(found.scores[root], scores) for root, scores in expected.scores.items())
     assert all(torch.equal(found.prompt[name], value) for name, value in expected.prompt.items())
+
+
+# --- iterative --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_train_between_rounds_under_what_is_left(tmp_path):
+    """Step by step, by hand: plain SGD on the masked network, and the criterion before and after."""
+    settled = recipe(search__method="iterative", search__rounds=2, search__epochs=1, search__weight_lr=0.05)
+    network = tiny.network()
+    found = searched(tmp_path, settled, prompted=False, network=network)
+    task, data = tiny.task(network, settled), tiny.data()
+    assert isinstance(task.selector, Selector)
+    copied = copy.deepcopy(network)
+    gated = Prompted(build_canvas(settled, prompted=False), Gated(copied, task.groups), tiny.COMPUTE)
+
+    def scored(gates: Tensor, turn: int) -> Tensor:
+        scores = importance("taylor", gated, task, data.train, recipe=settled, gates=gates, turn=turn)
+        return torch.cat([scores["conv1"], scores["conv2"]])
+
+    gates = hard_mask(eased(task.selector, 0.5), scored(torch.ones(18), 0)).float()
+    assert not bool(gates.all())
+    decayed = [p for p in copied.parameters() if p.ndim > 1]
+    plain = [p for p in copied.parameters() if p.ndim <= 1]
+    by_hand = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 5e-4}, {"params": plain}], lr=settled.search.weight_lr, momentum=0.9
+    )
+    gated.train()
+    walk = training_batches(data.train, 8, seed=settled.seed, stage="search", epoch=0, how=settled.data.augment)
+    for pixels, labels, _ in walk:
+        by_hand.zero_grad()
+        F.cross_entropy(gated(pixels / 255, gates), labels).backward()
+        by_hand.step()
+    gated.eval()
+    for name, tensor in copied.state_dict().items():
+        left = found.tensors.get(name, network.state_dict()[name])
+        torch.testing.assert_close(left, tensor, rtol=1e-4, atol=1e-6)
+    row = torch.cat([found.scores["conv1"], found.scores["conv2"]])
+    last = torch.where(gates > 0, scored(gates, 1), -1.0)
+    assert torch.equal(hard_mask(task.selector, row), hard_mask(task.selector, last))
+    assert not bool((hard_mask(task.selector, row) & ~gates.bool()).any())  # what is gone stays gone
+
+
+def test_its_parts_share_the_epochs_and_their_record_goes_on(tmp_path):
+    settled = recipe(search__method="iterative", search__rounds=4, search__epochs=5)
+    searched(tmp_path, settled)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["epochs"]) for line in lines] == [(epoch, 5) for epoch in range(1, 6)]
+    taken = [schedule_of(settled, weight_decay=0.0, part=part, parts=3) for part in range(3)]
+    assert [(one.epochs, one.earlier) for one in taken] == [(2, 0), (2, 2), (1, 4)]
 
 
 # --- bi-level ---------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_masked_weights_are_products():
 @pytest.mark.parametrize("method", OF_WEIGHTS)
 @pytest.mark.parametrize("granularity", ["weight", "2:4"])
 def test_every_method_scores_single_weights(tmp_path, method, granularity):
-    rounds = {"search__rounds": 2} if method == "lth" else {}
+    rounds = {"search__rounds": 2} if method in ("lth", "iterative") else {}
     ratio = {"budget": {"macs_ratio": None, "weight_ratio": 0.5}}
     settled, network = recipe(search__method=method, search__granularity=granularity, **ratio, **rounds), tiny.network()
     before = tiny.snapshot(network)

@@ -8,6 +8,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.training.methods.bilevel import bilevel
+from vpdeploy.training.methods.iterative import iterative
 from vpdeploy.training.methods.learned import vpns
 from vpdeploy.training.methods.one_shot import one_shot
 from vpdeploy.training.methods.rewound import rewound
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
     "bip": bilevel,
     "omp": rewound,
     "lth": rewound,
+    "iterative": iterative,
 }
 
 

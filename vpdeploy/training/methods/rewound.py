@@ -37,11 +37,10 @@ def rewound(
         backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
         canvas = build_canvas(recipe, prompted=task.prompted)
         network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
-        epochs = table.epochs // rounds + (turn < table.epochs % rounds)
         train_weights(
             network,
             data,
-            schedule=schedule_of(recipe, weight_decay=WEIGHT_DECAY, epochs=epochs, turn=turn),
+            schedule=schedule_of(recipe, weight_decay=WEIGHT_DECAY, part=turn, parts=rounds),
             journal=journal.part(turn),
             display=display,
             gates=(gates.to(compute.device),),

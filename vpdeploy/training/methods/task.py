@@ -68,13 +68,16 @@ class Method(Protocol):
     ) -> Found: ...
 
 
-def schedule_of(recipe: Recipe, *, weight_decay: float, epochs: int | None = None, turn: int = 0) -> WeightSchedule:
-    """How a search trains weights, in its round ``turn``."""
+def schedule_of(
+    recipe: Recipe, *, weight_decay: float, part: int = 0, parts: int = 1, decays: bool = True
+) -> WeightSchedule:
+    """How a search trains weights in one of ``parts``, which share its epochs: earlier ones get what is left over."""
     table = recipe.search
+    each, left = divmod(table.epochs, parts)
     return WeightSchedule(
-        streams=f"search {turn}" if turn else "search",
+        streams=f"search {part}" if part else "search",
         seed=recipe.seed,
-        epochs=table.epochs if epochs is None else epochs,
+        epochs=each + (part < left),
         batch_size=table.batch_size,
         optimizer="sgd",
         weight_lr=table.weight_lr,
@@ -82,6 +85,9 @@ def schedule_of(recipe: Recipe, *, weight_decay: float, epochs: int | None = Non
         weight_decay=weight_decay,
         label_smoothing=0.0,
         augment=recipe.data.augment,
+        decays=decays,
+        earlier=each * part + min(part, left),
+        total=table.epochs,
     )
 
 
