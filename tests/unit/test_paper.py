@@ -1,0 +1,119 @@
+"""The paper's comparison: its grids are recipes, and what is said of its rows is what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+GRIDS = sorted((BENCHMARKS / "grids").glob("*.toml"))
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+rows = loaded("paper_rows")
+paper = loaded("paper")
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_run_of_a_grid_is_a_recipe(path: Path) -> None:
+    grid = paper.read_grid(path)
+    for cell in paper.cells(grid):
+        recipe = paper.recipe_of(path, cell)
+        searches = 0 if recipe.search.method in paper.ONCE else recipe.search.epochs
+        assert searches + recipe.tune.epochs == grid["epochs"], cell.name  # the same cost for all
+
+
+def test_an_ablation_changes_one_thing() -> None:
+    """Everything of it lies in one table, or is the size of the image on its canvas."""
+    grid = paper.read_grid(BENCHMARKS / "grids" / "cifar10-resnet20-ablations.toml")
+    raw = {
+        cell.method: flat(paper.raw_recipe(grid, cell)) for cell in paper.cells({**grid, "seeds": grid["seeds"][:1]})
+    }
+    base = raw.pop("vpns")
+    seen = set()
+    for method, values in raw.items():
+        changed = {key: values.get(key) for key in base.keys() | values.keys() if base.get(key) != values.get(key)}
+        assert changed, method
+        assert len({key.partition(".")[0] for key in changed} - {"input"}) <= 1, (method, changed)
+        seen.add(tuple(sorted(changed.items(), key=str)))
+    assert len(seen) == len(raw)  # no two are the same
+
+
+def row(method: str = "vpns", seed: int = 0, *, ratio: float = 0.5, top1: float = 0.8) -> Any:
+    return rows.Row(
+        method=method, budget="macs_ratio", ratio=ratio, seed=seed, macs_ratio=ratio, params_ratio=0.5, channel_ratio=0.7,
+        layer_ratio=0.7, top1_dense_val=0.9, top1_cut_val=0.5, top1_val=top1, top1_dense_test=math.nan, top1_test=math.nan,
+        epochs_search=4, epochs_tune=8, steps=100, cpu_minutes_search=1.0, cpu_minutes_tune=2.0, wall_minutes=3.0,
+        threads=2, machine="a CPU, torch 2",
+    )  # fmt: skip
+
+
+def test_rows_are_kept_once_and_read_as_they_were(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    first, other = row(top1=0.1 + 0.2), row("random")
+    for one in (first, other):
+        rows.hand_over(one, tmp_path)
+    rows.take_over(tmp_path)
+    assert {one.name for one in rows.read_rows(tmp_path)} == {first.name, other.name}
+    assert repr(next(one for one in rows.read_rows(tmp_path) if one.method == "vpns")) == repr(first)
+    opened = replace(first, top1_test=0.7, top1_dense_test=0.8)
+    rows.hand_over(opened, tmp_path)
+    rows.take_over(tmp_path)
+    assert len(rows.read_rows(tmp_path)) == 2
+    assert rows.read_rows(tmp_path, test=True) == [opened]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == []
+
+
+def test_differences_are_paired_and_have_students_interval() -> None:
+    pairs = [0.5, 1.25, -0.25, 0.75]
+    low, high = stats.ttest_1samp(pairs, 0).confidence_interval()
+    assert rows.difference(pairs) == f"{np.mean(pairs):+.2f} ({low:+.2f} to {high:+.2f})"
+    assert rows.difference([0.5]) == "+0.50" and rows.difference([]) == "–"
+
+
+def test_ranks_of_equal_ones_are_shared() -> None:
+    assert rows.ranked([0.3, 0.1, 0.3, 0.2]) == [3.5, 1, 3.5, 2]
+
+
+def test_the_table_pairs_seeds_and_ranks_means(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        *(row("vpns", seed, top1=0.80 + 0.01 * seed) for seed in range(3)),
+        *(row("random", seed, top1=0.79 + 0.01 * seed) for seed in range(1, 4)),  # seed 3 has nothing beside it
+        *(row(method, 0, ratio=0.33, top1=top1) for method, top1 in (("vpns", 0.6), ("random", 0.7))),
+    ]
+    rows.print_table(given, against="vpns", test=False)
+    text = capsys.readouterr().out
+    assert "| vpns | 3 | 81.00 ± 1.00 |" in text
+    assert "| random | 3 | 81.00 ± 1.00 |" in text and "| -1.00 (-1.00 to -1.00) |" in text
+    assert "| vpns | 1.75 |" in text and "| random | 1.25 |" in text
+
+
+def test_figures_are_drawn_of_what_is_there(tmp_path: Path) -> None:
+    rows.draw([row(method, seed) for method in ("vpns", "random") for seed in range(2)], tmp_path, test=False)
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"macs", "channels", "layers", "time", "cost"}
+    assert all(path.read_text().startswith("<?xml") for path in (tmp_path / "figures").iterdir())
