@@ -15,6 +15,7 @@ each with its share of the cores. A dense network is trained once for each seed,
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from paper_rows import Row, draw, hand_over, print_table, read_rows, take_over
 if TYPE_CHECKING:
     from vpdeploy.data.prepared import Images
     from vpdeploy.recipe.tables import Recipe
+    from vpdeploy.training.network import Prompted
     from vpdeploy.values import Tuned
     from vpdeploy.workbench import Workbench
 
@@ -172,6 +174,7 @@ def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
         ),
         top1_dense_val=_top1(plain, val, work),
         top1_cut_val=_top1(untuned, val, work),
+        top1_norms_val=_top1(_with_norms(untuned, work), val, work),
         top1_val=_top1(result, val, work),
         top1_dense_test=math.nan if tests is None else _top1(plain, tests, work),
         top1_test=math.nan if tests is None else _top1(result, tests, work),
@@ -198,12 +201,37 @@ def _ratio(pruned: Any, dense: Any, count: Callable[[Any], int]) -> float:
 
 def _top1(of: Tuned, images: Images, work: Workbench) -> float:
     from vpdeploy.training.evaluate import accuracy
+
+    return accuracy(_network(of, work).eval(), images)
+
+
+def _network(of: Tuned, work: Workbench) -> Prompted:
     from vpdeploy.training.network import Prompted, build_canvas
 
     canvas = build_canvas(work.recipe, prompted=bool(of.prompt))
     if canvas.prompt is not None:
         canvas.prompt.load_state_dict(of.prompt)
-    return accuracy(Prompted(canvas, of.backbone, work.compute(), label_map=of.label_map).eval(), images)
+    return Prompted(canvas, of.backbone, work.compute(), label_map=of.label_map)
+
+
+def _with_norms(of: Tuned, work: Workbench) -> Tuned:
+    """With the mean statistics of 2,000 training images in every BatchNorm."""
+    import torch
+
+    from vpdeploy.data.prepared import batches
+    from vpdeploy.training.network import to_pixels
+
+    of = replace(of, backbone=copy.deepcopy(of.backbone))
+    network, images = _network(of, work), work.training_data().train
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all batches
+    network.train()
+    with torch.no_grad():
+        for pixels, _ in batches(images, torch.arange(min(2000, len(images))), 250):
+            network(to_pixels(pixels, network.compute.device))
+    return of
 
 
 def _test_images(work: Workbench) -> Images:

@@ -14,7 +14,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Row:
-    """What one run gave. Accuracies are fractions; ``top1_cut``: before tuning; ``top1_test``: nan while test is closed.
+    """What one run gave. Accuracies are fractions; ``top1_cut``: before tuning; ``top1_norms``: the same with norm statistics
+    taken anew; ``top1_test``: nan while test is closed.
 
     ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of every layer that writes one (as the
     paper's code does). ``cpu_minutes``: of search and tuning, all threads; ``steps``: gradient steps of both.
@@ -30,6 +31,7 @@ class Row:
     layer_ratio: float
     top1_dense_val: float
     top1_cut_val: float
+    top1_norms_val: float
     top1_val: float
     top1_dense_test: float
     top1_test: float

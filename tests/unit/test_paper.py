@@ -66,7 +66,8 @@ def test_an_ablation_changes_one_thing() -> None:
 def row(method: str = "vpns", seed: int = 0, *, ratio: float = 0.5, top1: float = 0.8) -> Any:
     return rows.Row(
         method=method, budget="macs_ratio", ratio=ratio, seed=seed, macs_ratio=ratio, params_ratio=0.5, channel_ratio=0.7,
-        layer_ratio=0.7, top1_dense_val=0.9, top1_cut_val=0.5, top1_val=top1, top1_dense_test=math.nan, top1_test=math.nan,
+        layer_ratio=0.7, top1_dense_val=0.9, top1_cut_val=0.5, top1_norms_val=0.6, top1_val=top1,
+        top1_dense_test=math.nan, top1_test=math.nan,
         epochs_search=4, epochs_tune=8, steps=100, cpu_minutes_search=1.0, cpu_minutes_tune=2.0, wall_minutes=3.0,
         threads=2, machine="a CPU, torch 2",
     )  # fmt: skip
