@@ -92,10 +92,10 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
     for budget, ratio in points:
         print(f"\n{budget} = {ratio:g}\n")
         print(
-            "| method | seeds | top-1 | before tuning | MACs ratio | channel ratio | CPU minutes |"
+            "| method | seeds | top-1 | before tuning | with norms anew | MACs ratio | channel ratio | CPU minutes |"
             + (f" against {against} |" if against else "")
         )
-        print("|---|---:|---:|---:|---:|---:|---:|" + ("---:|" if against else ""))
+        print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if against else ""))
         means = {}
         for method in methods:
             own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
@@ -108,6 +108,7 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
                 str(len(own)),
                 f"{values.mean():.2f} ± {values.std(ddof=1) if len(own) > 1 else 0:.2f}",
                 f"{100 * np.mean([row.top1_cut_val for row in own]):.1f}",
+                f"{100 * np.mean([row.top1_norms_val for row in own]):.1f}",
                 f"{np.mean([row.macs_ratio for row in own]):.3f}",
                 f"{np.mean([row.channel_ratio for row in own]):.3f}",
                 f"{np.mean([row.cpu_minutes_search + row.cpu_minutes_tune for row in own]):.1f}",
