@@ -63,6 +63,7 @@ def other(key: str, value: object) -> object:
         "search.norm": "l1",
         "search.score_init": "random",
         "tune.optimizer": "adamw",
+        "tune.teacher": "once",
         "compute.precision": "fp32",
         "compute.channels_last": "no",
         "compute.device": "cpu",
