@@ -118,6 +118,7 @@ def test_the_network_there_learns_what_its_classes_need(tmp_path, images, head, 
     assert len(there["linear.weight"]) == rows
     moved = {name for name, tensor in there.items() if not torch.equal(tensor, published[name])}
     assert {name.split(".")[0] for name in moved if "running" not in name and "tracked" not in name} == moves
+    assert ("fit:search" in stages_of(tmp_path / "run")) == bool(moves)
     found, here = (run_folder.read_tensors(tmp_path / f"run/{name}.safetensors")[1] for name in ("found", "source"))
     assert found["label_map"] == here["label_map"]
     assert (found["label_map"] is None) == (head == "auto")
