@@ -87,6 +87,11 @@ def prompt_state(canvas: Canvas) -> dict[str, Tensor]:
     return {} if canvas.prompt is None else {k: v.detach().cpu().clone() for k, v in canvas.prompt.state_dict().items()}
 
 
+def prompt_parameters(network: Prompted) -> list[nn.Parameter]:
+    """Empty without a prompt."""
+    return [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
+
+
 def show(recipe: Recipe, images: Images, *, prompt: Mapping[str, Tensor], count: int) -> Tensor:
     """The first ``count`` images as the backbone sees them, with a prompt's state (empty for none): [n, 3, C, C], float32."""
     canvas = build_canvas(recipe, prompted=bool(prompt)).eval()

@@ -15,7 +15,9 @@ from vpdeploy.progress import Display
 from vpdeploy.run_folder import Journal
 from vpdeploy.training.evaluate import EVALUATION_BATCH
 from vpdeploy.training.loop import Course, train
-from vpdeploy.training.network import Prompted, TrainingData, set_learning_rates, to_pixels
+from vpdeploy.training.network import Prompted, TrainingData, prompt_parameters, set_learning_rates, to_pixels
+
+Outputs = Callable[[Tensor, Tensor], Tensor]  # a batch [n, 3, s, s], its places among the training images [n] -> [n, k]
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,7 @@ class WeightSchedule:
 class Teacher:
     """Outputs that a network learns to give, beside the labels (Hinton et al., arXiv:1503.02531)."""
 
-    outputs: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # a batch [n, 3, s, s], its places among the training images [n] -> [n, k]
+    outputs: Outputs
     share: float
     temperature: float
 
@@ -54,7 +54,7 @@ class Teacher:
         return F.kl_div(other, mine, reduction="batchmean", log_target=True) * self.temperature**2
 
 
-def asked_every_step(network: Prompted) -> Callable[[Tensor, Tensor], Tensor]:
+def asked_every_step(network: Prompted) -> Outputs:
     """The outputs of ``network`` for the very batch that the other one sees."""
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ def asked_every_step(network: Prompted) -> Callable[[Tensor, Tensor], Tensor]:
     return outputs
 
 
-def asked_once(network: Prompted, images: Images, *, mirrored: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def asked_once(network: Prompted, images: Images, *, mirrored: bool) -> Outputs:
     """The outputs of ``network`` for each of ``images`` as it is, remembered; ``mirrored``: their mean with those for its mirror
     image. Shifts are not looked at: one pass in place of one in every epoch.
     """
@@ -157,11 +157,10 @@ class _Weights:
 def _optimizer(network: Prompted, schedule: WeightSchedule) -> torch.optim.Optimizer:
     """Three groups: weights with decay; norms and biases without; the prompt without, at its own rate."""
     trainable = [p for p in network.backbone.parameters() if p.requires_grad]
-    prompt = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": prompt, "weight_decay": 0.0},
+        {"params": prompt_parameters(network), "weight_decay": 0.0},
     ]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.weight_lr, momentum=0.9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,8 @@ from vpdeploy.scoring.straight_through import hard_mask
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.training.loop import Course, train
 from vpdeploy.training.methods.criteria import importance
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, set_learning_rates
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner, masked_network
+from vpdeploy.training.network import Compute, Prompted, TrainingData, prompt_parameters, set_learning_rates
 from vpdeploy.values import Found
 
 STRENGTH = 1e-4  # 1 / gamma of the paper, as its authors set it
@@ -40,13 +39,11 @@ def bilevel(
     the sum over all weights that read it. ``search.strength`` is 1 / gamma.
     """
     table = recipe.search
-    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
-    canvas = build_canvas(recipe, prompted=task.prompted)
-    network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+    network = masked_network(task, recipe, compute, trains=True)
+    backbone = inner(network)
     scores = as_row(importance("magnitude", network, task, data.train, recipe=recipe), task).to(compute.device)
-    prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
     lower = torch.optim.SGD(backbone.parameters(), lr=table.weight_lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
-    upper = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=table.score_lr)
+    upper = torch.optim.Adam([{"params": [scores]}, {"params": prompt_parameters(network)}], lr=table.score_lr)
     learner = _Learner(network, scores, lower, upper, readers_of(task, network), task.selector, recipe)
     course = Course(
         streams="search",
@@ -178,7 +175,7 @@ class _Learner:
         # What no weight reads has gates of its own; all others are open, and the weights that read them are masked.
         gates = torch.where(self.readers.gated, mask, 1.0).requires_grad_(True)
         masked = self.readers.masked(weights, mask)
-        prompt = [] if self.network.canvas.prompt is None else list(self.network.canvas.prompt.parameters())
+        prompt = prompt_parameters(self.network)
         replaced = {f"backbone.backbone.{name}": tensor for name, tensor in masked.items()}
         loss = F.cross_entropy(functional_call(self.network, replaced, (images, gates)), labels)
         found = torch.autograd.grad(loss, [*masked.values(), gates, *prompt], materialize_grads=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,9 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.rounds import in_rounds
-from vpdeploy.scoring.select import Selector
-from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.training.methods.criteria import importance
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner, schedule_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner, masked_network, schedule_of
+from vpdeploy.training.network import Compute, TrainingData
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import Found
 
@@ -29,9 +25,7 @@ def iterative(
     mask so far, at a rate that does not decay. The epochs are shared by the rounds - 1 pauses; weights stay as they became.
     """
     table = recipe.search
-    canvas = build_canvas(recipe, prompted=task.prompted)
-    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
-    network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+    network = masked_network(task, recipe, compute, trains=True)
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
         gates = gates.to(compute.device)
@@ -47,9 +41,7 @@ def iterative(
                 gates=(gates,),
             )
         scores = importance("taylor", network, task, data.train, recipe=recipe, gates=gates, turn=turn)
-        if table.per_cost and isinstance(task.selector, Selector):
-            scores = for_cost(scores, task.groups, task.selector)
-        return as_row(scores, task)
+        return as_row(scores, task, per_cost=table.per_cost)
 
     row = in_rounds(scores_under, task.selector, rounds=table.rounds, channels=task.count)
     return found_of(torch.as_tensor(row), network, inner(network), task)

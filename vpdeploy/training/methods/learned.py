@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +22,12 @@ from vpdeploy.scoring.weighing import for_cost, ranked
 from vpdeploy.training.fit import label_map_of, map_by_frequency
 from vpdeploy.training.loop import Course, train
 from vpdeploy.training.methods.criteria import importance
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, inner, masked_network
 from vpdeploy.training.network import (
     Compute,
     Prompted,
     TrainingData,
-    build_canvas,
+    prompt_parameters,
     set_learning_rates,
 )
 from vpdeploy.values import Found
@@ -177,12 +176,11 @@ class _Learner:
 def _learner(
     task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, initial: Initial, frozen: bool
 ) -> _Learner:
-    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(False)
-    canvas = build_canvas(recipe, prompted=task.prompted)
-    network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+    network = masked_network(task, recipe, compute, trains=False)
     scores = torch.zeros(task.count, device=compute.device, requires_grad=not frozen)
-    prompt = [] if canvas.prompt is None else list(canvas.prompt.parameters())
-    optimizer = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=recipe.search.score_lr)
+    optimizer = torch.optim.Adam(
+        [{"params": [scores]}, {"params": prompt_parameters(network)}], lr=recipe.search.score_lr
+    )
     warmup = recipe.search.warmup if task.prompted else 0
     return _Learner(network, scores, optimizer, task.selector, data, recipe, initial, warmup)
 

@@ -9,8 +9,6 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.rounds import in_rounds
-from vpdeploy.scoring.select import Selector
-from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.training.methods.criteria import importance
 from vpdeploy.training.methods.learned import learn
 from vpdeploy.training.methods.task import SearchTask, as_row
@@ -28,9 +26,7 @@ def one_shot(
         def scores_under(turn: int, gates: Tensor) -> Tensor:
             gates = gates.to(compute.device)
             scores = importance(table.method, network, task, images, recipe=recipe, gates=gates, turn=turn)
-            if table.per_cost and isinstance(task.selector, Selector):
-                scores = for_cost(scores, task.groups, task.selector)
-            return as_row(scores, task)
+            return as_row(scores, task, per_cost=table.per_cost)
 
         return in_rounds(scores_under, task.selector, rounds=table.rounds, channels=task.count)
 

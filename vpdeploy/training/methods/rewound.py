@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,9 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.rounds import in_rounds
-from vpdeploy.scoring.select import Selector
-from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.training.methods.criteria import importance
-from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
+from vpdeploy.training.methods.task import SearchTask, as_row, found_of, masked_network, schedule_of
+from vpdeploy.training.network import Compute, Prompted, TrainingData
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import Found
 
@@ -34,9 +30,7 @@ def rewound(
     last: list[Prompted] = []
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
-        backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
-        canvas = build_canvas(recipe, prompted=task.prompted)
-        network = Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+        network = masked_network(task, recipe, compute, trains=True)
         train_weights(
             network,
             data,
@@ -47,9 +41,7 @@ def rewound(
         )
         last[:] = [network]
         scores = importance("magnitude", network, task, data.train, recipe=recipe)
-        if table.per_cost and isinstance(task.selector, Selector):
-            scores = for_cost(scores, task.groups, task.selector)
-        return as_row(scores, task)
+        return as_row(scores, task, per_cost=table.per_cost)
 
     row = in_rounds(scores_under, task.selector, rounds=rounds, channels=task.count)
     (network,) = last

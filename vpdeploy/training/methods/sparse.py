@@ -14,8 +14,6 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.criteria.norm_scale import norm_scale, norm_scales
-from vpdeploy.scoring.select import Selector
-from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
 from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
 from vpdeploy.training.weights import train_weights
@@ -43,9 +41,7 @@ def sparse(
     schedule = schedule_of(recipe, weight_decay=0.0)  # the penalty is the decay
     train_weights(network, data, schedule=schedule, journal=journal, display=display, before_step=penalty)
     scores = norm_scale(backbone, task.groups) if slim else magnitude(backbone, task.groups, norm="group")
-    if table.per_cost and isinstance(task.selector, Selector):
-        scores = for_cost(scores, task.groups, task.selector)
-    return found_of(as_row(scores, task), network, backbone, task)
+    return found_of(as_row(scores, task, per_cost=table.per_cost), network, backbone, task)
 
 
 @dataclass(frozen=True)

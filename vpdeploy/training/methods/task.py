@@ -16,10 +16,11 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.select_weights import WeightSelector
+from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.training.fit import label_map_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, prompt_state
+from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
 from vpdeploy.training.weights import WeightSchedule
 from vpdeploy.values import ChannelGroup, Dense, Found
 
@@ -91,8 +92,19 @@ def schedule_of(
     )
 
 
-def as_row(scores: Mapping[str, Tensor], task: SearchTask) -> Tensor:
-    """The scores of all units as one row, in their order: [scores], float32."""
+def masked_network(task: SearchTask, recipe: Recipe, compute: Compute, *, trains: bool) -> Prompted:
+    """A copy of the dense network behind masks, under a new canvas. ``trains``: whether its weights do."""
+    backbone = copy.deepcopy(task.dense.backbone).requires_grad_(trains)
+    canvas = build_canvas(recipe, prompted=task.prompted)
+    return Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
+
+
+def as_row(scores: Mapping[str, Tensor], task: SearchTask, *, per_cost: bool = False) -> Tensor:
+    """The scores of all units as one row, in their order: [scores], float32. ``per_cost``: those of channels over what one
+    costs; single weights cost the same.
+    """
+    if per_cost and isinstance(task.selector, Selector):
+        scores = for_cost(scores, task.groups, task.selector)
     return torch.cat([torch.zeros(0), *(scores[name].float().flatten() for name in task.units)])
 
 
