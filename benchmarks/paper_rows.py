@@ -17,14 +17,16 @@ class Row:
     """What one run gave. Accuracies are fractions; ``top1_cut``: before tuning; ``top1_norms``: the same with norm statistics
     taken anew; ``top1_test``: nan while test is closed.
 
-    ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of every layer that writes one (as the
-    paper's code does). ``cpu_minutes``: of search and tuning, all threads; ``steps``: gradient steps of both.
+    ``recipe``: a hash of the run's settings. ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of
+    every layer that writes one (as the paper's code does). ``cpu_minutes``: of search and tuning, all threads, nan where a run
+    was cut off and went on; ``steps``: gradient steps of both.
     """
 
     method: str
     budget: str
     ratio: float
     seed: int
+    recipe: str
     macs_ratio: float
     params_ratio: float
     channel_ratio: float
@@ -46,7 +48,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.budget}-{self.ratio:g}-{self.seed}"
+        return f"{self.method}-{self.budget}-{self.ratio:g}-{self.seed}-{self.recipe}"
+
+    @property
+    def cpu_minutes(self) -> float:
+        return self.cpu_minutes_search + self.cpu_minutes_tune
 
 
 def hand_over(row: Row, out: Path) -> None:
@@ -71,15 +77,14 @@ def take_over(out: Path) -> None:
         path.unlink()
 
 
-def read_rows(out: Path, *, test: bool = False) -> list[Row]:
-    """The rows of out/results.csv. ``test``: only those that opened the test split."""
+def read_rows(out: Path) -> list[Row]:
+    """The rows of out/results.csv."""
     path = out / "results.csv"
     if not path.exists():
         return []
     kinds = {field.name: {"str": str, "int": int, "float": float}[str(field.type)] for field in fields(Row)}
     with path.open(newline="") as file:
-        rows = [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
-    return [row for row in rows if not (test and math.isnan(row.top1_test))]
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
 
 
 def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None:
@@ -111,7 +116,7 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
                 f"{100 * np.mean([row.top1_norms_val for row in own]):.1f}",
                 f"{np.mean([row.macs_ratio for row in own]):.3f}",
                 f"{np.mean([row.channel_ratio for row in own]):.3f}",
-                f"{np.mean([row.cpu_minutes_search + row.cpu_minutes_tune for row in own]):.1f}",
+                f"{known_mean([row.cpu_minutes for row in own]):.1f}",
             ]
             if against:
                 pairs = [
@@ -126,6 +131,12 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
     print("\n| method | mean rank |\n|---|---:|")
     for method in sorted((m for m in methods if ranks[m]), key=lambda m: np.mean(ranks[m])):
         print(f"| {method} | {np.mean(ranks[method]):.2f} |")
+
+
+def known_mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; nan of none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def ranked(values: Sequence[float]) -> list[float]:
@@ -171,7 +182,7 @@ def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
         "channels": ("channel ratio, each group's channels once", lambda row: row.channel_ratio),
         "layers": ("channel ratio, the outputs of all layers", lambda row: row.layer_ratio),
         "time": ("times faster than dense", faster),
-        "cost": ("CPU minutes of search and tuning", lambda row: row.cpu_minutes_search + row.cpu_minutes_tune),
+        "cost": ("CPU minutes of search and tuning", lambda row: row.cpu_minutes),
     }
     for name, (label, of) in axes.items():
         figure, panel = pyplot.subplots(figsize=(6, 4))
@@ -180,7 +191,7 @@ def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
             for budget, ratio in sorted({(row.budget, row.ratio) for row in rows if row.method == method}):
                 own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
                 values = [100 * top1(row) for row in own]
-                points.append((np.mean([of(row) for row in own]), np.mean(values), np.std(values)))
+                points.append((known_mean([of(row) for row in own]), np.mean(values), np.std(values)))
             x, y, spread = np.array(sorted(points)).T
             panel.errorbar(
                 x, y, yerr=spread, label=method, marker="osD^vPX*"[number % 8], markersize=4, capsize=2, lw=1

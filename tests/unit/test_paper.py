@@ -28,6 +28,7 @@ def loaded(name: str) -> ModuleType:
 
 
 rows = loaded("paper_rows")
+grids = loaded("paper_grid")
 paper = loaded("paper")
 
 
@@ -40,18 +41,19 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_run_of_a_grid_is_a_recipe(path: Path) -> None:
-    grid = paper.read_grid(path)
-    for cell in paper.cells(grid):
-        recipe = paper.recipe_of(path, cell)
-        searches = 0 if recipe.search.method in paper.ONCE else recipe.search.epochs
+    grid = grids.read_grid(path)
+    for cell in grids.cells(grid):
+        recipe = grids.recipe_of(path, cell)
+        searches = 0 if recipe.search.method in grids.ONCE else recipe.search.epochs
         assert searches + recipe.tune.epochs == grid["epochs"], cell.name  # the same cost for all
 
 
 def test_an_ablation_changes_one_thing() -> None:
     """Everything of it lies in one table, or is the size of the image on its canvas."""
-    grid = paper.read_grid(BENCHMARKS / "grids" / "cifar10-resnet20-ablations.toml")
+    grid = grids.read_grid(BENCHMARKS / "grids" / "cifar10-resnet20-ablations.toml")
     raw = {
-        cell.method: flat(paper.raw_recipe(grid, cell)) for cell in paper.cells({**grid, "seeds": grid["seeds"][:1]})
+        method: flat(grids.raw_recipe(grid, method=method, budget="macs_ratio", ratio=0.33, seed=0))
+        for method in grid["methods"]
     }
     base = raw.pop("vpns")
     seen = set()
@@ -65,8 +67,8 @@ def test_an_ablation_changes_one_thing() -> None:
 
 def row(method: str = "vpns", seed: int = 0, *, ratio: float = 0.5, top1: float = 0.8) -> Any:
     return rows.Row(
-        method=method, budget="macs_ratio", ratio=ratio, seed=seed, macs_ratio=ratio, params_ratio=0.5, channel_ratio=0.7,
-        layer_ratio=0.7, top1_dense_val=0.9, top1_cut_val=0.5, top1_norms_val=0.6, top1_val=top1,
+        method=method, budget="macs_ratio", ratio=ratio, seed=seed, recipe="0a", macs_ratio=ratio, params_ratio=0.5,
+        channel_ratio=0.7, layer_ratio=0.7, top1_dense_val=0.9, top1_cut_val=0.5, top1_norms_val=0.6, top1_val=top1,
         top1_dense_test=math.nan, top1_test=math.nan,
         epochs_search=4, epochs_tune=8, steps=100, cpu_minutes_search=1.0, cpu_minutes_tune=2.0, wall_minutes=3.0,
         threads=2, machine="a CPU, torch 2",
@@ -84,9 +86,33 @@ def test_rows_are_kept_once_and_read_as_they_were(tmp_path: Path) -> None:
     opened = replace(first, top1_test=0.7, top1_dense_test=0.8)
     rows.hand_over(opened, tmp_path)
     rows.take_over(tmp_path)
-    assert len(rows.read_rows(tmp_path)) == 2
-    assert rows.read_rows(tmp_path, test=True) == [opened]
+    assert len(rows.read_rows(tmp_path)) == 2 and opened in rows.read_rows(tmp_path)
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == []
+
+
+def test_a_changed_setting_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its row is not taken for the grid's any more, and what has no row is named."""
+    path = tmp_path / "grid.toml"
+    text = """epochs = 3\nseeds = [0, 1]\nbudgets.macs_ratio = [0.5]\nrecipe.model.name = "resnet18"\n
+    [methods.random]\n"search.method" = "random"\n"tune.weight_lr" = 0.1\n"""
+    path.write_text(text)
+    (tmp_path / "runs").mkdir()
+    ran = [cell.name for cell in grids.cells(grids.read_grid(path))]
+    for cell in grids.cells(grids.read_grid(path)):
+        rows.hand_over(replace(row("random", cell.seed), recipe=cell.recipe), tmp_path)
+    rows.take_over(tmp_path)
+    assert [found.name for found in paper.rows_of(path, tmp_path, test=False)] == ran
+    assert paper.rows_of(path, tmp_path, test=True) == []  # test was not opened
+    assert capsys.readouterr().err == f"Not run: 2 of 2: {', '.join(ran)}\n"
+    path.write_text(text.replace("0.1", "0.2"))
+    assert paper.rows_of(path, tmp_path, test=False) == []
+    other = [cell.name for cell in grids.cells(grids.read_grid(path))]
+    assert set(ran).isdisjoint(other) and len({*ran, *other}) == 4
+
+
+def test_what_a_resumed_run_took_is_not_known() -> None:
+    assert rows.known_mean([1.0, math.nan, 2.0]) == 1.5
+    assert math.isnan(rows.known_mean([math.nan]))
 
 
 def test_differences_are_paired_and_have_students_interval() -> None:
