@@ -266,14 +266,15 @@ def next_above(selector: Selector, scores: Mapping[str, Array], kind: str) -> Ab
         return selection, bound.cost(_widths_of(selection))
 
     here, dense = at(bound.limit)[1], bound.cost(selector.dense_widths)
+    least = 1e-9 * dense  # below what one entry of a weight adds, above what rounding does
     low, high = here, here + 1e-6 * dense
-    while at(high)[1] <= here:
+    while at(high)[1] <= here + least:
         if high > dense:
             return None
         low, high = high, high + 2 * (high - low)
-    while high - low > 1e-9 * dense:  # below what one entry of a weight adds
+    while high - low > least:
         middle = (low + high) / 2
-        low, high = (low, middle) if at(middle)[1] > here else (middle, high)
+        low, high = (low, middle) if at(middle)[1] > here + least else (middle, high)
     return Above(at(high)[0], high)
 
 
