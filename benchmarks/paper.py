@@ -5,11 +5,11 @@
     uv run python benchmarks/paper.py times GRID.toml -o OUT      # of the first seed's networks; nothing else may run
     uv run python benchmarks/paper.py figures GRID.toml -o OUT [--test]
 
-A grid holds ``epochs`` (of search and tuning together, the same for every method), ``seeds``, ``[budgets]``, a ``[recipe]`` that
-all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Rows go to OUT/results.csv, and runs with a row there are
-done; a changed setting makes another run. What was cut off goes on after its last epoch; no run begins after ``--minutes``.
-``--jobs``: how many runs at once, each with its share of the cores. A dense network is trained once for each seed, input, head
-and fit, and shared. Without ``--test`` the test split is not opened.
+A grid holds ``epochs`` (of search and tuning together, the same for every method that does not say its own), ``seeds``,
+``[budgets]``, a ``[recipe]`` that all runs share, and ``[methods.NAME]`` with dotted recipe keys over it. Rows go to
+OUT/results.csv, and runs with a row there are done; a changed setting makes another run. What was cut off goes on after its last
+epoch; no run begins after ``--minutes``. ``--jobs``: how many runs at once, each with its share of the cores. A dense network is
+trained once for each seed, input, head and fit, and shared. Without ``--test`` the test split is not opened.
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ def raw_recipe(grid: Mapping[str, Any], *, method: str, budget: str, ratio: floa
     """The recipe of one run, as a file would hold it."""
     raw = json.loads(json.dumps(grid["recipe"]))
     given = dict(grid["methods"][method])
+    epochs = given.pop("epochs", grid["epochs"])
     searches = 0 if given.get("search.method", "vpns") in ONCE else given.get("search.epochs", 5)
-    given.setdefault("tune.epochs", grid["epochs"] - searches)
+    given.setdefault("tune.epochs", epochs - searches)
     for key, value in {**given, "seed": seed, f"budget.{budget}": ratio}.items():
         *path, last = key.split(".")
         table = raw

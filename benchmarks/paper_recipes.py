@@ -99,6 +99,7 @@ def recipe(network: str, data: str, *, structured: bool) -> str:
         if structured
         else ['what = "none"'],
         "search": [
+            'method = "vpns"',
             *([] if structured else ['granularity = "weight"']),
             f"epochs = {of.search_epochs}",
             f"batch_size = {of.batch}",
@@ -115,6 +116,7 @@ def recipe(network: str, data: str, *, structured: bool) -> str:
             f"weight_lr = {of.weight_lr:g}",
             "prompt_lr = 0.01",
             "weight_decay = 1e-4",
+            "distill = 0",
         ],
     }
     body = [f"\n[{table}]\n" + "\n".join(lines) for table, lines in tables.items()]

@@ -64,7 +64,7 @@ def recipe_of(name: str, folder: Path, target: Mapping[str, object] = MappingPro
         "data": {"name": "digits"},
         "input": {"image_size": 224},
         "prompt": {"pixels": {"kind": "none"}},
-        "search": {"score_init": "taylor"},
+        "search": {"method": "vpns", "score_init": "taylor"},
         "budget": {"round_to": "auto", "speed": True, **budget},
         "target": dict(target),
         "compute": {"precision": "fp32", "channels_last": "no"},

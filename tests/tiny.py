@@ -36,9 +36,9 @@ def recipe(values: dict[str, Any] | None = None) -> Recipe:
         "input": {"image_size": SIZE, "canvas_size": CANVAS},
         "prompt": {"pixels": {"kind": "pad", "size": 2}},
         "fit": {"what": "all", "epochs": 2, "batch_size": 8, "weight_lr": 0.1},
-        "search": {"epochs": 2, "batch_size": 8, "prompt_lr": 0.01},
+        "search": {"method": "vpns", "epochs": 2, "batch_size": 8, "prompt_lr": 0.01},
         "budget": {"macs_ratio": 0.6, "round_to": 2},
-        "tune": {"epochs": 2, "batch_size": 8},
+        "tune": {"epochs": 2, "batch_size": 8, "distill": 0},
     }
     return with_values(parse_recipe(raw, where="tiny", folder=Path(".")), values or {})
 

@@ -309,7 +309,7 @@ def test_a_network_without_groups_goes_the_road_at_ratio_1(images, tmp_path):
     (tmp_path / "linear.py").write_text(LINEAR)
     recipe = with_values(
         recipe_for(images),
-        {"model.name": f"{tmp_path / 'linear.py'}:make", "budget.macs_ratio": 1.0, "search.score_init": "taylor"},
+        {"model.name": f"{tmp_path / 'linear.py'}:make", "budget.macs_ratio": 1.0},
     )
     report = pipeline.run(recipe, tmp_path / "run", command="a test", display=QUIET)
     assert report.arms["pruned"].macs == report.arms["dense"].macs == 192 * 2

@@ -148,7 +148,7 @@ def test_points_in_time_of_a_recipe_with_speed_leave_it_out(tmp_path):
             "input": {"image_size": 8, "canvas_size": 12},
             "prompt": {"pixels": {"size": 2}},
             "budget": {"macs_ratio": 0.5, "speed": True},
-            "search": {"score_init": "taylor"},
+            "search": {"epochs": 1},
         },
         where="r",
         folder=tmp_path,

@@ -207,15 +207,16 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
             ("target.form", "export.forms"),
             f"target.form: got {target.form!r}, which is not exported; expected one of export.forms ({forms})",
         )
-    key, weighs = (
-        ("score_init", "'taylor'") if "score_init" in METHOD_KEYS[recipe.search.method] else ("per_cost", "true")
-    )
-    got = getattr(recipe.search, key)
-    if budget.speed and got not in ("taylor", True):
+    search = recipe.search
+    if "score_init" in METHOD_KEYS[search.method]:
+        key, got, weighs = "score_init", search.score_init, "taylor"
+    else:
+        key, got, weighs = "per_cost", search.weighs_cost, True
+    if budget.speed and got != weighs:
         yield (
             ("budget.speed", f"search.{key}"),
-            f"budget.speed: got true with search.{key} = {_toml(got)}, which weighs nothing against time; expected {weighs} "
-            "there",
+            f"budget.speed: got true with search.{key} = {_toml(got)}, which weighs nothing against time; expected "
+            f"{_toml(weighs)} there",
         )
     if budget.speed and "latency_ms" in quantities:
         yield (
@@ -265,12 +266,12 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.warmup: got {table.warmup} with search.epochs = {table.epochs}; expected "
             + ("fewer: scores learn in the rest" if table.method == "vpns" else "at most as many"),
         )
-    if table.method == "lth" and table.rounds > table.epochs:
+    if table.method == "lth" and table.turns > table.epochs:
         yield (
             ("search.rounds", "search.epochs"),
             f"search.rounds: got {table.rounds} with search.epochs = {table.epochs}; expected at most as many: each round trains",
         )
-    if table.method == "iterative" and not 2 <= table.rounds <= table.epochs + 1:
+    if table.method == "iterative" and not 2 <= table.turns <= table.epochs + 1:
         yield (
             ("search.rounds", "search.epochs", "search.method"),
             f"search.rounds: got {table.rounds} for search.method = 'iterative' with search.epochs = {table.epochs}; expected "

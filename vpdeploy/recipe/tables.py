@@ -230,8 +230,8 @@ class SearchTable(Table):
     """Stage 1: which channels matter, and the prompt that goes with them."""
 
     method: Method = Field(
-        default="vpns",
-        description="vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights: slim, group_sl, bip, omp, lth, iterative (docs/methods.md)",
+        default="iterative",
+        description="iterative: weights and prompt learn while channels go, round by round; vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights, too: slim, group_sl, bip, omp, lth (docs/methods.md)",
     )
     granularity: Literal["channel", "weight", "2:4"] = Field(
         default="channel",
@@ -259,13 +259,13 @@ class SearchTable(Table):
         default="scaled",
         description="magnitude, omp, lth: L2 norms of slices, each over its tensor's mean; norms of all of a group's weights; DepGraph's group norm",
     )
-    rounds: Count = Field(
-        default=1,
-        description="magnitude, taylor, snip, grasp, synflow, lth, iterative (2 or more): how often scores are taken, each time of what the mask so far leaves",
+    rounds: Count | None = Field(
+        default=None,
+        description="magnitude, taylor, snip, grasp, synflow, lth, iterative (2 or more): how often scores are taken, each time of what the mask so far leaves; absent: of iterative once before each epoch and once at the end, of the others once",
     )
-    per_cost: bool = Field(
-        default=False,
-        description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign)",
+    per_cost: bool | None = Field(
+        default=None,
+        description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign); absent: for iterative alone",
     )
     score_init: Literal["scaled", "taylor", "random"] = Field(
         default="scaled",
@@ -292,6 +292,17 @@ class SearchTable(Table):
         default=0,
         description="how many of the epochs the prompt learns alone, on the dense network, before scores are taken",
     )
+
+    @property
+    def turns(self) -> int:
+        """How often scores are taken."""
+        usual = self.epochs + 1 if self.method == "iterative" else 1
+        return usual if self.rounds is None else self.rounds
+
+    @property
+    def weighs_cost(self) -> bool:
+        """Whether importance is divided by what a channel adds to the budget."""
+        return self.method == "iterative" if self.per_cost is None else self.per_cost
 
     @property
     def data_needed(self) -> DataTable | None:
@@ -412,14 +423,14 @@ class TuneTable(Table):
     weight_decay: NonNegative = Field(default=5e-4, description="not on prompt, norms and biases")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0,
+        default=0.9,
         description="share of the loss that compares with the dense network's outputs, before it was pruned; the rest compares with the labels",
     )
     temperature: Positive = Field(
         default=2.0, description="that both networks' outputs are divided by where they are compared"
     )
     teacher: Literal["every-step", "once"] = Field(
-        default="every-step",
+        default="once",
         description="when the dense network is asked for its outputs: for every batch as it is augmented, a forward of it in each step; or once for each image and its mirror image, before the first step",
     )
     batch_size: Count = Field(default=128, description="images per step")

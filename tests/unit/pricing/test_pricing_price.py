@@ -271,7 +271,7 @@ def test_times_are_fitted_where_something_is_chosen_by_them(tmp_path, monkeypatc
     monkeypatch.setattr(
         Measured, "of", lambda target, widths, **asked: seen.append(widths) or measured(target, widths, **asked)
     )
-    found = priced(workbench(tmp_path, budget, search={"score_init": "taylor"}))
+    found = priced(workbench(tmp_path, budget))
     ends, *others = seen
     assert len(ends) == 2 and (ends[0] < ends[1]).all()
     assert [len(widths) for widths in others] == ([2 + price.MIXED] if fitted else [])

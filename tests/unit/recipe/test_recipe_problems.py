@@ -125,11 +125,11 @@ ONE_PROBLEM = [
     # the target
     ({"target": {"engine": "tensorflow"}}, "target.engine: got 'tensorflow'; expected 'onnxruntime-cpu', "),
     (
-        {"budget": {"speed": True}, "search": {"score_init": "scaled"}},
+        {"budget": {"speed": True}, "search": {"method": "vpns", "score_init": "scaled"}},
         "budget.speed: got true with search.score_init = 'scaled', which weighs nothing against time; expected 'taylor' there",
     ),
     (
-        {"budget": {"macs_ratio": None, "latency_ms": 3.0, "speed": True}, "search": {"score_init": "taylor"}},
+        {"budget": {"macs_ratio": None, "latency_ms": 3.0, "speed": True}},
         "budget.speed: got true beside budget.latency_ms, which weighs importance against time in any case; leave it out",
     ),
     ({"target": {"batch": 0}}, "target.batch: got 0; expected at least 1"),
@@ -163,17 +163,17 @@ ONE_PROBLEM = [
     # single weights
     (
         {
-            "search": {"granularity": "2:4", "score_init": "taylor"},
+            "search": {"method": "vpns", "granularity": "2:4", "score_init": "taylor"},
             "budget": {"macs_ratio": None, "weight_ratio": 0.5},
         },
         "search.score_init: goes with channels, got search.granularity = '2:4'; leave it out",
     ),
     (
-        {"search": {"warmup": 1}, "prompt": {"pixels": {"kind": "none"}}},
+        {"search": {"method": "vpns", "warmup": 1}, "prompt": {"pixels": {"kind": "none"}}},
         "search.warmup: got 1 without a prompt in the search; expected 0: nothing would learn",
     ),
     (
-        {"search": {"warmup": 5}},
+        {"search": {"method": "vpns", "warmup": 5}},
         "search.warmup: got 5 with search.epochs = 5; expected fewer: scores learn in the rest",
     ),
     (

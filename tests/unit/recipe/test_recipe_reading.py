@@ -78,7 +78,7 @@ def test_what_is_no_text_and_no_toml(tmp_path):
         ("seed=11", "seed", 11),
         ("prompt.pixels.kind=fix", "prompt.pixels.kind", "fix"),
         ('prompt.pixels.kind="fix"', "prompt.pixels.kind", "fix"),
-        ("search.unprompted_step=true", "search.unprompted_step", True),
+        ("search.per_cost=true", "search.per_cost", True),
         ("bench.batches=[1, 4]", "bench.batches", [1, 4]),
         ('export.forms=["float"]', "export.forms", ["float"]),
         ("data.root=a=b.zip", "data.root", str(Path("a=b.zip"))),

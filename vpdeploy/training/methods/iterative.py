@@ -34,14 +34,14 @@ def iterative(
                 network,
                 data,
                 schedule=schedule_of(
-                    recipe, weight_decay=WEIGHT_DECAY, part=turn - 1, parts=table.rounds - 1, decays=False
+                    recipe, weight_decay=WEIGHT_DECAY, part=turn - 1, parts=table.turns - 1, decays=False
                 ),
                 journal=journal.part(turn - 1),
                 display=display,
                 gates=(gates,),
             )
         scores = importance("taylor", network, task, data.train, recipe=recipe, gates=gates, turn=turn)
-        return as_row(scores, task, per_cost=table.per_cost)
+        return as_row(scores, task, per_cost=table.weighs_cost)
 
-    row = in_rounds(scores_under, task.selector, rounds=table.rounds, channels=task.count)
+    row = in_rounds(scores_under, task.selector, rounds=table.turns, channels=task.count)
     return found_of(torch.as_tensor(row), network, inner(network), task)

@@ -26,9 +26,9 @@ def one_shot(
         def scores_under(turn: int, gates: Tensor) -> Tensor:
             gates = gates.to(compute.device)
             scores = importance(table.method, network, task, images, recipe=recipe, gates=gates, turn=turn)
-            return as_row(scores, task, per_cost=table.per_cost)
+            return as_row(scores, task, per_cost=table.weighs_cost)
 
-        return in_rounds(scores_under, task.selector, rounds=table.rounds, channels=task.count)
+        return in_rounds(scores_under, task.selector, rounds=table.turns, channels=task.count)
 
     return learn(
         task, data, recipe=recipe, compute=compute, journal=journal, display=display, initial=initial, frozen=True

@@ -26,7 +26,7 @@ def rewound(
     With one round: OMP. The prompt, where there is one, starts anew in every round; the last one's is kept.
     """
     table = recipe.search
-    rounds = 1 if table.method == "omp" else table.rounds
+    rounds = 1 if table.method == "omp" else table.turns
     last: list[Prompted] = []
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def rewound(
         )
         last[:] = [network]
         scores = importance("magnitude", network, task, data.train, recipe=recipe)
-        return as_row(scores, task, per_cost=table.per_cost)
+        return as_row(scores, task, per_cost=table.weighs_cost)
 
     row = in_rounds(scores_under, task.selector, rounds=rounds, channels=task.count)
     (network,) = last

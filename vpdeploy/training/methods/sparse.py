@@ -41,7 +41,7 @@ def sparse(
     schedule = schedule_of(recipe, weight_decay=0.0)  # the penalty is the decay
     train_weights(network, data, schedule=schedule, journal=journal, display=display, before_step=penalty)
     scores = norm_scale(backbone, task.groups) if slim else magnitude(backbone, task.groups, norm="group")
-    return found_of(as_row(scores, task, per_cost=table.per_cost), network, backbone, task)
+    return found_of(as_row(scores, task, per_cost=table.weighs_cost), network, backbone, task)
 
 
 @dataclass(frozen=True)
