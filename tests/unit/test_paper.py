@@ -45,6 +45,7 @@ def test_every_run_of_a_grid_is_a_recipe(path: Path) -> None:
     for cell in grids.cells(grid):
         recipe = grids.recipe_of(path, cell)
         searches = 0 if recipe.search.method in grids.ONCE else recipe.search.epochs
+        assert (recipe.seed, getattr(recipe.budget, cell.budget)) == (cell.seed, cell.ratio)
         epochs = grid["methods"][cell.method].get("epochs", grid["epochs"])
         assert searches + recipe.tune.epochs == epochs, cell.name
         assert epochs == grid["epochs"] or cell.method.endswith("-longer")  # the same for all whose name does not tell
