@@ -16,7 +16,7 @@ from vpdeploy.deploy.bake import bake
 from vpdeploy.errors import SurgeryError
 from vpdeploy.run_folder import dump, load, read_found, write_found
 from vpdeploy.surgery.certificate import masked_vs_pruned
-from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.cut import cut, put_back
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
@@ -43,6 +43,25 @@ def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
     x = image(0, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(first(x), again(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_what_is_put_back_is_what_was_cut_and_the_rest_stays(family, data):
+    network = data.draw(networks(family)).float()
+    groups = probed(network).prunable
+    made = plan(network, groups, data.draw(masks(groups)))
+    smaller, whole = cut(network, made), copy.deepcopy(network)
+    with torch.no_grad():
+        for tensor in smaller.state_dict().values():
+            tensor.fill_(7)
+    put_back(whole, smaller, made)
+    assert tiny.snapshot(cut(whole, made)) == tiny.snapshot(smaller)
+    after, before = whole.state_dict(), network.state_dict()
+    for name, tensor in after.items():
+        assert (tensor == 7).sum() == smaller.state_dict()[name].numel()
+        assert torch.equal(tensor[tensor != 7], before[name][tensor != 7])
 
 
 def test_replay_on_the_source_and_what_was_found_gives_the_same_bits(tmp_path):

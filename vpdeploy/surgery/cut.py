@@ -42,6 +42,21 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     return pruned
 
 
+@torch.no_grad()
+def put_back(backbone: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
+    """Give the saved tensors of ``backbone`` the values of ``smaller``, which ``cut`` made of it by ``plan``: what went stays."""
+    whole = backbone.state_dict()
+    for name, tensor in smaller.state_dict().items():
+        axes = plan.kept.get(name, {})
+        places = [torch.tensor(axes.get(axis, range(size))) for axis, size in enumerate(whole[name].shape)]
+        device = whole[name].device
+        if axes:
+            grid = torch.meshgrid([place.to(device) for place in places], indexing="ij")
+            whole[name][tuple(grid)] = tensor.to(device)
+        else:
+            whole[name].copy_(tensor)
+
+
 def with_replacements(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
     """``backbone`` with the modules exchanged that ``plan`` expects to be; itself where they are.
 

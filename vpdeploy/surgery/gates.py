@@ -108,3 +108,9 @@ def mask_row(groups: Sequence[ChannelGroup], mask: ChannelMask, *, dtype: torch.
     """The mask as one row of gate values, groups that it does not name kept whole: [channels of all groups]."""
     kept = [k for group in groups for k in mask.keep.get(group.root, (True,) * group.width)]
     return torch.tensor(kept, dtype=dtype)
+
+
+def mask_of(groups: Sequence[ChannelGroup], row: Tensor) -> ChannelMask:
+    """The mask that a row of gate values amounts to, 0 for what goes."""
+    parts = row.split([group.width for group in groups])
+    return ChannelMask({group.root: tuple((part != 0).tolist()) for group, part in zip(groups, parts, strict=True)})

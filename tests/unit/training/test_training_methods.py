@@ -21,7 +21,9 @@ from vpdeploy.scoring.criteria.norm_scale import norm_scale
 from vpdeploy.scoring.rounds import eased
 from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.straight_through import hard_mask
-from vpdeploy.surgery.gates import Gated
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.gates import Gated, mask_of
+from vpdeploy.surgery.plan import plan
 from vpdeploy.training import loop
 from vpdeploy.training.loop import training_batches
 from vpdeploy.training.methods import bilevel, rewound
@@ -301,9 +303,15 @@ def test_weights_train_between_rounds_under_what_is_left(tmp_path):
         F.cross_entropy(gated(pixels / 255, gates), labels).backward()
         by_hand.step()
     gated.eval()
-    for name, tensor in copied.state_dict().items():
-        left = found.tensors.get(name, network.state_dict()[name])
-        torch.testing.assert_close(left, tensor, rtol=1e-4, atol=1e-6)
+    trained, cuts = with_tensors(task.dense, found), plan(network, task.groups, mask_of(task.groups, gates))
+    left, expected = (cut(whole, cuts).state_dict() for whole in (trained, copied))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(left[name], tensor, rtol=1e-4, atol=1e-6)
+    # What went is as it was then.
+    gone, before, after = gates[:8] == 0, network.state_dict(), trained.state_dict()
+    assert torch.equal(after["conv1.weight"][gone], before["conv1.weight"][gone])
+    assert torch.equal(after["conv2.weight"][:, gone], before["conv2.weight"][:, gone])
+    assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
     row = torch.cat([found.scores["conv1"], found.scores["conv2"]])
     last = torch.where(gates > 0, scored(gates, 1), -1.0)
     assert torch.equal(hard_mask(task.selector, row), hard_mask(task.selector, last))
