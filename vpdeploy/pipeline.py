@@ -248,7 +248,7 @@ def searched(
         place = searching(work)
         start = dense if place is work else _fitted(work, Stage("fit", FIT_ELSEWHERE), place)
         with work.doing(stage):
-            prompted = arm == "pruned" and work.recipe.prompt.pixels.learned_in("search")
+            prompted = arm == "pruned" and work.recipe.prompt.learned_in("search")
             task = SearchTask(start, groups.prunable, selector, prompted)
             found = _found_before(work, arm, task) or search(
                 task,
@@ -287,7 +287,7 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
             f"search.found: {path} is of another network; expected scores of {', '.join(list(fits)[:3])}, ..."
         )
     if task.prompted and not found.prompt:
-        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or prompt.pixels.kind = 'none'")
+        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or no kind of prompt")
     return found
 
 
@@ -382,7 +382,7 @@ def tuned(
             result = tune(
                 start.backbone,
                 work.training_data(),
-                prompt=prompt if prompted and work.recipe.prompt.pixels.learned_in("tune") else None,
+                prompt=prompt if prompted and work.recipe.prompt.learned_in("tune") else None,
                 dense=dense,
                 mask=mask,
                 label_map=start.label_map,

@@ -50,6 +50,13 @@ class Block:
     norm: nn.Module
     attention: Attention
 
+    @property
+    def width(self) -> int:
+        """Of a token."""
+        k = self.attention.k
+        assert isinstance(k, nn.Linear)
+        return k.in_features
+
 
 def blocks_of(network: nn.Module) -> Iterator[Block]:
     """The blocks of ``network``, in the order of its modules, whose attention can read further keys and values: that which was

@@ -164,7 +164,25 @@ class PixelsTable(Table):
     )
 
     def learned_in(self, stage: Literal["search", "tune"]) -> bool:
-        """Whether there is a prompt that learns in this stage. One that tuning learns ships."""
+        """Whether there is one that learns in this stage. One that tuning learns ships."""
+        return self.kind != "none" and self.stages in ("both", stage)
+
+
+class TokensTable(Table):
+    """Learned tokens of a vision transformer."""
+
+    kind: Literal["vpt-deep", "none"] = Field(
+        default="none",
+        description="vpt-deep: each block has its own, whose outputs nothing reads; in the file they are constant keys and values",
+    )
+    count: Count = Field(default=10, description="of each block")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the tokens, in training")
+    stages: Literal["both", "search", "tune"] = Field(
+        default="both", description="where they are learned; search: then none are exported"
+    )
+
+    def learned_in(self, stage: Literal["search", "tune"]) -> bool:
+        """As of pixels."""
         return self.kind != "none" and self.stages in ("both", stage)
 
 
@@ -172,6 +190,11 @@ class PromptTable(Table):
     """The visual prompt."""
 
     pixels: PixelsTable = Field(default_factory=PixelsTable)
+    tokens: TokensTable = Field(default_factory=TokensTable)
+
+    def learned_in(self, stage: Literal["search", "tune"]) -> bool:
+        """Whether there is a prompt of any kind that learns in this stage. One that tuning learns ships."""
+        return self.pixels.learned_in(stage) or self.tokens.learned_in(stage)
 
 
 class FitTable(Table):
@@ -524,7 +547,7 @@ class Recipe(Table):
         """The arms compared, "dense" first: what the recipe names, or every arm that its prompt allows."""
         if self.compare.arms is not None:
             return tuple(arm for arm in ARMS if arm in self.compare.arms)
-        ships = self.prompt.pixels.learned_in("tune")
+        ships = self.prompt.learned_in("tune")
         return ("dense", "dense+prompt", "pruned") if ships else ("dense", "pruned")
 
 

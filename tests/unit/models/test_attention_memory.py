@@ -25,7 +25,9 @@ def randomised(network: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
-        parameter.data = parameter.data + 0.2 * drawn if parameter.ndim == 1 else 1.5 * drawn / parameter[0].numel() ** 0.5
+        parameter.data = (
+            parameter.data + 0.2 * drawn if parameter.ndim == 1 else 1.5 * drawn / parameter[0].numel() ** 0.5
+        )
     return network.double().eval()
 
 
@@ -53,9 +55,14 @@ def swin() -> nn.Module:
     torch.manual_seed(0)
     return randomised(
         SwinTransformer(
-            patch_size=[2, 2], embed_dim=WIDTH, depths=[2, 2], num_heads=[3, 6], window_size=[4, 4], num_classes=5,
+            patch_size=[2, 2],
+            embed_dim=WIDTH,
+            depths=[2, 2],
+            num_heads=[3, 6],
+            window_size=[4, 4],
+            num_classes=5,
             stochastic_depth_prob=0.0,
-        )  # fmt: skip
+        )
     )
 
 
@@ -140,8 +147,9 @@ def test_a_window_reads_prompts_as_tokens_that_have_no_position():
     attention.memory = PromptTokens(tokens, block.norm)
     found = attention(x)
     both = torch.cat([x, block.norm(tokens).expand(5, -1, -1)], dim=1)
-    q, k, v = (layer(of).unflatten(-1, (3, 8)).transpose(1, 2) for layer, of in
-               ((attention.q, x), (attention.k, both), (attention.v, both)))  # fmt: skip
+    read = ((attention.q, x), (attention.k, both), (attention.v, both))
+    read = ((attention.q, x), (attention.k, both), (attention.v, both))
+    q, k, v = (layer(of).unflatten(-1, (3, 8)).transpose(1, 2) for layer, of in read)
     scores = q @ k.transpose(2, 3) * attention.scale
     scores[..., :16] += attention.position_bias()
     out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)

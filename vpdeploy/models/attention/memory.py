@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Attention(Protocol):
-    """What a memory asks of the attention that reads it. x: [n, L, c] -> [n, heads, L, d], as attention compares and sums them."""
+    """What a memory asks of the attention that reads it. x: [n, L, c] -> [n, heads, L, d], as it compares and sums them."""
 
     def keys(self, x: Tensor) -> Tensor: ...
 
@@ -56,7 +56,9 @@ def recall(memory: nn.Module | None, attention: Attention, k: Tensor, v: Tensor)
     """``k`` and ``v``, [n, heads, L, d], and after them what ``memory`` holds."""
     if memory is None:
         return k, v
-    more = (rows.to(own.dtype).expand(len(own), -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True))
+    more = (
+        rows.to(own.dtype).expand(len(own), -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True)
+    )
     k, v = (torch.cat(both, dim=2) for both in zip((k, v), more, strict=True))
     return k, v
 

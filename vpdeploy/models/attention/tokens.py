@@ -14,7 +14,8 @@ class TokenAttention(nn.Module):
     """Attention among L tokens. x: [n, L, c] -> [n, L, c].
 
     ``q_norm`` and ``k_norm`` work on each head of its own, [n, heads, L, d]. ``gate``, [n, L, c] -> [n, L, heads * d],
-    multiplies by its sigmoid what proj reads. ``memory`` gives keys and values beside those of x. The first ``prefix`` tokens have no place in the image to turn by.
+    multiplies by its sigmoid what proj reads. The first ``prefix`` tokens have no place in the image to turn by.
+    ``memory`` gives keys and values beside those of x.
     """
 
     def __init__(
@@ -65,9 +66,7 @@ class TokenAttention(nn.Module):
         k, v = recall(self.memory, self, k, v)
         mask = None if attn_mask is None else widened(attn_mask, k)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
         out = join_heads(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
