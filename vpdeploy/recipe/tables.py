@@ -333,6 +333,23 @@ class SearchTable(Table):
         return self.data if self.found is None else None
 
 
+class CondenseTable(Table):
+    """Between search and cut: which of the prompt's tokens stay."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the tokens; 1: all, and no stage"
+    )
+    score: Literal["gradient", "norm", "random"] = Field(
+        default="gradient",
+        description="gradient: the mean over batches of |<p, dL/dp>|, in one pass over the training images; norm, random: baselines",
+    )
+    scope: Literal["global", "layer"] = Field(
+        default="global",
+        description="global: all blocks compete, and may keep different numbers, or none; layer: each keeps its share",
+    )
+    batch_size: Count = Field(default=64, description="images whose gradients are summed before the absolute value")
+
+
 Milliseconds = Annotated[
     Positive | None, Field(description="median milliseconds of the pruned file on [target], at most")
 ]
@@ -534,6 +551,7 @@ class Recipe(Table):
     prompt: PromptTable = Field(default_factory=PromptTable)
     fit: FitTable = Field(default_factory=FitTable)
     search: SearchTable = Field(default_factory=SearchTable)
+    condense: CondenseTable = Field(default_factory=CondenseTable)
     budget: BudgetTable
     target: TargetTable = Field(default_factory=TargetTable)
     tune: TuneTable = Field(default_factory=TuneTable)

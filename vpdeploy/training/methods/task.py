@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -97,10 +98,17 @@ def schedule_of(
     )
 
 
-def masked_network(task: SearchTask, recipe: Recipe, compute: Compute, *, trains: bool) -> Prompted:
-    """A copy of the dense network behind masks, under a new canvas. ``trains``: whether its weights do."""
+def masked_network(
+    task: SearchTask,
+    recipe: Recipe,
+    compute: Compute,
+    *,
+    trains: bool,
+    prompt: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Prompted:
+    """A copy of the dense network behind masks, with a new prompt, or ``prompt``. ``trains``: whether its weights do."""
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(trains)
-    canvas = add_prompt(backbone, recipe, stage=task.stage)
+    canvas = add_prompt(backbone, recipe, stage=task.stage, state=prompt)
     return Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
 
 
