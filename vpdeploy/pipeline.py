@@ -1,6 +1,6 @@
 """The road, from top to bottom: a recipe goes in, a run folder with verified ONNX files and a report comes out.
 
-    groups -> price -> fit -> search -> cut -> tune -> export -> bench -> report
+    groups -> price -> fit -> search -> condense -> cut -> tune -> export -> bench -> report
 
 A stage takes values and leaves one on disk before the next begins; a stage that is done is read back. The arms dense and
 dense+prompt skip search and cut; everything else they share.
@@ -22,6 +22,7 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.latency import told_unsteady
 from vpdeploy.measure.macs import count_macs
+from vpdeploy.models.prompt_tokens import put_tokens, split_prompt
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
 from vpdeploy.pricing.settle import settle
@@ -41,6 +42,7 @@ from vpdeploy.surgery.limit import Limit
 from vpdeploy.surgery.masked_weights import parts_of, set_to_zero, weight_shapes
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.compute import find_device
+from vpdeploy.training.condense import condense
 from vpdeploy.training.fit import fit
 from vpdeploy.training.methods.registry import search
 from vpdeploy.training.methods.task import SearchTask, scores_as_arrays, with_tensors
@@ -161,6 +163,7 @@ def _prune(
             found = searched(work, arm, dense, groups, selector)
             if points is not None:
                 continue
+            found = condensed(work, arm, dense, groups, selector, found)
             cut_plan = planned(work, arm, dense, groups, selector, found)
             mask = read_mask(work, arm)
             smaller = set_to_zero(cut(with_tensors(dense, found), cut_plan), mask)
@@ -248,7 +251,7 @@ def searched(
         place = searching(work)
         start = dense if place is work else _fitted(work, Stage("fit", FIT_ELSEWHERE), place)
         with work.doing(stage):
-            prompted = arm == "pruned" and work.recipe.prompt.pixels.learned_in("search")
+            prompted = arm == "pruned" and work.recipe.prompt.learned_in("search")
             task = SearchTask(start, groups.prunable, selector, prompted)
             found = _found_before(work, arm, task) or search(
                 task,
@@ -287,8 +290,23 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
             f"search.found: {path} is of another network; expected scores of {', '.join(list(fits)[:3])}, ..."
         )
     if task.prompted and not found.prompt:
-        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or prompt.pixels.kind = 'none'")
+        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or no kind of prompt")
     return found
+
+
+def condensed(
+    work: Workbench, arm: str, dense: Dense, groups: ChannelGroups, selector: Selector | WeightSelector, found: Found
+) -> Found:
+    """What was found, with fewer tokens; itself where the recipe keeps all, or the arm has none."""
+    stage, path = Stage("condense", arm), arm_file(work.run, "condensed.safetensors", arm)
+    if work.recipe.condense.keep == 1 or not split_prompt(found.prompt)[1]:
+        return found
+    if not work.is_done(stage):
+        with work.doing(stage):
+            task = SearchTask(dense, groups.prunable, selector, prompted=True)
+            fewer = condense(task, found, work.training_data(), recipe=work.recipe, compute=work.compute())
+            run_folder.write_found(path, fewer)
+    return run_folder.read_found(path)
 
 
 def planned(
@@ -316,6 +334,8 @@ def planned(
             macs = count_macs(source, canvas_size=work.recipe.input.canvas).macs
             count = enough_images(macs, at_most=CERTIFICATE_IMAGES)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
+            for network in (source, smaller):
+                put_tokens(network, split_prompt(found.prompt)[1])
             certificate = certify(source, smaller, groups, selection, canvas=images)
             certificate = replace(
                 certificate,
@@ -382,7 +402,7 @@ def tuned(
             result = tune(
                 start.backbone,
                 work.training_data(),
-                prompt=prompt if prompted and work.recipe.prompt.pixels.learned_in("tune") else None,
+                prompt=prompt if prompted and work.recipe.prompt.learned_in("tune") else None,
                 dense=dense,
                 mask=mask,
                 label_map=start.label_map,

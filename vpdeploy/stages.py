@@ -21,13 +21,23 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import flatten
 from vpdeploy.run_folder import read_bytes, sha256_of, write_json
 
-ORDER = ("groups", "price", "fit", "search", "cut", "tune", "export", "bench")
+ORDER = ("groups", "price", "fit", "search", "condense", "cut", "tune", "export", "bench")
 
 _NETWORK = ("model", "input")
 _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
 _SEARCH = (*_FIT, "prompt", "search", "budget", "target")
+_CONDENSED = (*_SEARCH, "condense")
 _PRICE = (*_NETWORK, "budget", "target")
-_PRICED = ("prompt.pixels.kind", "prompt.pixels.stages", "export.forms", "export.opset", "bench.image_size")
+_PRICED = (
+    *(
+        "prompt.pixels.kind",
+        "prompt.pixels.stages",
+        "prompt.tokens.kind",
+        "prompt.tokens.count",
+        "prompt.tokens.stages",
+    ),
+    *("export.forms", "export.opset", "bench.image_size"),
+)
 _CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
 _NOT_READ = (
@@ -62,14 +72,16 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         tables = _PRICE
     elif stage.kind == "fit":
         tables = _FIT
-    elif stage.kind in ("search", "cut"):
+    elif stage.kind == "search":
         tables = base
+    elif stage.kind in ("condense", "cut"):
+        tables = _CONDENSED
     elif stage.kind == "tune":
-        tables = (*base, "tune")
+        tables = (*(_CONDENSED if pruned else base), "tune")
     elif stage.kind == "export":
-        tables = (*_SEARCH, "tune", "export")
+        tables = (*_CONDENSED, "tune", "export")
     else:
-        tables = (*_SEARCH, "tune", "export", "bench")
+        tables = (*_CONDENSED, "tune", "export", "bench")
     read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
     if stage.kind == "groups":
         read["budget.allow_approximate"] = recipe.budget.allow_approximate
@@ -81,7 +93,7 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         read = {k: v for k, v in read.items() if not k.startswith("data.")}
         read |= {k: v for k, v in flatten(recipe).items() if k.startswith("search.data.") and k not in _NOT_READ}
     if stage.arm == "pruned-prompt":
-        read = {k: v for k, v in read.items() if not k.startswith("prompt.")}
+        read = {k: v for k, v in read.items() if not k.startswith(("prompt.", "condense."))}
     if stage.kind in ("export", "bench"):
         read["compare.arms"] = list(recipe.arms)
     if stage.kind == "bench":
@@ -130,7 +142,9 @@ class Ledger:
             for stage in stages
             if is_redone(stage, kind)
             and not (
-                kind in ("price", "search", "cut") and stage.arm.startswith("dense") and not self.changes(stage, recipe)
+                kind in ("price", "search", "condense", "cut")
+                and stage.arm.startswith("dense")
+                and not self.changes(stage, recipe)
             )
         ]
         self._write({name: entry for name, entry in entries.items() if name not in gone})
@@ -274,6 +288,7 @@ def files_left(stage: Stage, recipe: Recipe, *, run: Path) -> list[Path]:
         "price": [run / "price.json"],
         "fit": [source_file(run, arm)],
         "search": [arm_file(run, "found.safetensors", arm)],
+        "condense": [arm_file(run, "condensed.safetensors", arm)],
         "cut": [
             arm_file(run, "certificate.json", arm),
             arm_file(run, "plan.json", arm),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from integration.stand_ins import write_images
 
 from vpdeploy import pipeline, run_folder
+from vpdeploy.deploy.bake import bake
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
+from vpdeploy.stages import read_recipe
 from vpdeploy.values import EpochRecord, Found, Report
+from vpdeploy.workbench import open_workbench, read_tuned
 
 FACTORY = """
 import torch
@@ -166,6 +170,61 @@ def test_without_a_prompt_none_is_learned_or_shipped(folder, tmp_path):
     assert dense["linear.weight"].shape == (CLASSES, 16)
     assert torch.equal(dense["conv1.weight"], source["conv1.weight"])
     assert 'head = "replace"' in report.recipe and 'what = "head"' in report.recipe
+
+
+TRANSFORMER = """
+from torchvision.models import VisionTransformer
+
+
+def make(classes=3):
+    network = VisionTransformer(
+        image_size=12, patch_size=4, num_layers=2, num_heads=4, hidden_dim=16, mlp_dim=24, num_classes=classes
+    )
+    network.heads.head.weight.data.normal_()
+    return network
+"""
+
+
+def test_tokens_of_a_transformer_learned_condensed_and_folded_away(folder, tmp_path):
+    """kind vpt-deep beside pixels, condense.keep; the dense arm with all tokens."""
+    (folder / "transformer.py").write_text(TRANSFORMER)
+    report = go(
+        folder,
+        tmp_path,
+        model={"name": "transformer.py:make"},
+        prompt={"pixels": {"kind": "pad", "size": 1}, "tokens": {"kind": "vpt-deep", "count": 5}},
+        condense={"keep": 0.4},
+        budget={"macs_ratio": 0.7, "round_to": 1},
+        tune={"epochs": 2},
+        compare={"arms": ["dense", "dense+prompt", "pruned"]},
+    )
+    before, after = found(tmp_path).prompt, prompt_of(tmp_path, "pruned")
+    tokens = {name: rows for name, rows in after.items() if name.startswith("tokens.")}
+    assert sum(len(rows) for rows in tokens.values()) == 4  # of 10
+    assert {len(rows) for name, rows in before.items() if name.startswith("tokens.")} == {5}
+    assert {len(rows) for name, rows in prompt_of(tmp_path, "dense+prompt").items() if "tokens" in name} == {5}
+    assert prompt_of(tmp_path, "dense") == {} and "top" in after
+    certificate = report.certificates["pruned"]
+    assert certificate.masked_vs_pruned < 1e-6
+    # 4 tokens, read by 10 others, each 2 * 16 products; the budget is of the network without them.
+    assert certificate.reached <= 0.7
+    assert report.arms["pruned"].macs - 4 * 10 * 2 * 16 <= 0.7 * report.arms["dense"].macs
+    names = [node.name for node in onnx.load(tmp_path / "export" / "pruned.onnx").graph.initializer]
+    assert not any("tokens" in name for name in names)
+    # The tokens are in the file, and matter: without them it says something else.
+    image = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)
+    work = open_workbench(read_recipe(tmp_path), tmp_path, redo=None, display=Display(quiet=True))
+    whole = read_tuned(work, "pruned")
+    for prompt, same in ((whole.prompt, True), ({k: v for k, v in after.items() if k not in tokens}, False)):
+        deployable = bake(
+            replace(whole, prompt=prompt), recipe=work.recipe, classifier=work.built.classifier, form="uint8"
+        )
+        with torch.no_grad():
+            expected = deployable(torch.from_numpy(image)[None])[0].numpy()
+        assert (
+            np.allclose(logits(tmp_path, "pruned", image), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+            == same
+        )
 
 
 def test_a_prompt_of_the_search_alone_is_not_exported(folder, tmp_path):

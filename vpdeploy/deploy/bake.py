@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vpdeploy.data.resize import resize
 from vpdeploy.models.classifier import take_rows
+from vpdeploy.models.prompt_tokens import fold_tokens, put_tokens, split_prompt
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import build_prompt
 from vpdeploy.recipe.tables import PixelsTable, Recipe
@@ -69,14 +70,18 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
     """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
 
     Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
-    whose rows a label map selects. With an empty ``tuned.prompt`` nothing is added to the canvas.
+    whose rows a label map selects. Tokens of ``tuned.prompt`` become constants; without pixels
+    nothing is added to the canvas.
     """
     if form not in FORMS:
         raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")
     backbone = copy.deepcopy(tuned.backbone)
     if tuned.label_map is not None:
         backbone = take_rows(backbone, classifier, tuned.label_map)
-    prompt = _constant_prompt(tuned.prompt, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
+    pixels, tokens = split_prompt(tuned.prompt)
+    put_tokens(backbone, tokens)
+    fold_tokens(backbone)
+    prompt = _constant_prompt(pixels, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
     canvas = Canvas(
         recipe.input.image_size, recipe.input.canvas, mean=recipe.input.mean, std=recipe.input.std, prompt=prompt
     )

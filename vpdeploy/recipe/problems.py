@@ -13,7 +13,7 @@ from vpdeploy.recipe.tables import (
     CHECKPOINT_SUFFIXES,
     METHOD_KEYS,
     ModelTable,
-    PixelsTable,
+    PromptTable,
     Recipe,
     Table,
     data_tables,
@@ -159,8 +159,9 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
             f"prompt.pixels.size: got {pixels.size}; a {pixels.kind!r} prompt on a canvas of {canvas} takes at most "
             f"{limit}: make it smaller, or set input.canvas_size",
         )
-    for problem in () if recipe.compare.arms is None else _arm_problems(recipe.compare.arms, pixels):
-        yield ("compare.arms", "prompt.pixels.kind", "prompt.pixels.stages"), f"compare.arms: {problem}"
+    for problem in () if recipe.compare.arms is None else _arm_problems(recipe.compare.arms, recipe.prompt):
+        keys = (f"prompt.{table}.{key}" for table in ("pixels", "tokens") for key in ("kind", "stages"))
+        yield ("compare.arms", *keys), f"compare.arms: {problem}"
     for prefix, data in data_tables(recipe):
         if data.name == "imagefolder" and not data.root:
             keys = (f"{prefix}.name", f"{prefix}.root")
@@ -255,9 +256,15 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.{key}: got {_toml(value)} for search.method = {table.method!r}, which does not read it; leave it out, or "
             f"take one of {users}",
         )
-    if table.warmup and not recipe.prompt.pixels.learned_in("search"):
+    if table.warmup and not recipe.prompt.learned_in("search"):
         yield (
-            ("search.warmup", "prompt.pixels.kind", "prompt.pixels.stages"),
+            (
+                "search.warmup",
+                "prompt.pixels.kind",
+                "prompt.pixels.stages",
+                "prompt.tokens.kind",
+                "prompt.tokens.stages",
+            ),
             f"search.warmup: got {table.warmup} without a prompt in the search; expected 0: nothing would learn",
         )
     if table.warmup > table.epochs - (table.method == "vpns"):
@@ -343,16 +350,16 @@ def weights_of_no_file(model: ModelTable) -> str | None:
     )
 
 
-def _arm_problems(arms: Sequence[str], pixels: PixelsTable) -> Iterator[str]:
+def _arm_problems(arms: Sequence[str], prompt: PromptTable) -> Iterator[str]:
     for needed in ("dense", "pruned"):
         if needed not in arms:
             yield f"{needed!r} is missing; every report compares dense with pruned: add it"
-    if pixels.kind == "none":
+    if not (prompt.learned_in("search") or prompt.learned_in("tune")):
         for arm in dict.fromkeys(arms):
             if "prompt" in arm:
-                yield f"{arm!r} needs a prompt, but prompt.pixels.kind is 'none'; remove the arm or choose a kind"
-    elif "dense+prompt" in arms and pixels.stages == "search":
-        yield (
-            "'dense+prompt' is tuned with the prompt, but prompt.pixels.stages is 'search'; remove the arm or use "
-            "'both'"
-        )
+                yield (
+                    f"{arm!r} needs a prompt, but prompt.pixels.kind and prompt.tokens.kind are 'none'; remove the arm or choose "
+                    "a kind"
+                )
+    elif "dense+prompt" in arms and not prompt.learned_in("tune"):
+        yield ("'dense+prompt' is tuned with the prompt, but its stages are 'search'; remove the arm or use 'both'")

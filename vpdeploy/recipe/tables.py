@@ -164,7 +164,25 @@ class PixelsTable(Table):
     )
 
     def learned_in(self, stage: Literal["search", "tune"]) -> bool:
-        """Whether there is a prompt that learns in this stage. One that tuning learns ships."""
+        """Whether there is one that learns in this stage. One that tuning learns ships."""
+        return self.kind != "none" and self.stages in ("both", stage)
+
+
+class TokensTable(Table):
+    """Learned tokens of a vision transformer."""
+
+    kind: Literal["vpt-deep", "none"] = Field(
+        default="none",
+        description="vpt-deep: each block has its own, whose outputs nothing reads; in the file they are constant keys and values",
+    )
+    count: Count = Field(default=10, description="of each block")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the tokens, in training")
+    stages: Literal["both", "search", "tune"] = Field(
+        default="both", description="where they are learned; search: then none are exported"
+    )
+
+    def learned_in(self, stage: Literal["search", "tune"]) -> bool:
+        """As of pixels."""
         return self.kind != "none" and self.stages in ("both", stage)
 
 
@@ -172,6 +190,11 @@ class PromptTable(Table):
     """The visual prompt."""
 
     pixels: PixelsTable = Field(default_factory=PixelsTable)
+    tokens: TokensTable = Field(default_factory=TokensTable)
+
+    def learned_in(self, stage: Literal["search", "tune"]) -> bool:
+        """Whether there is a prompt of any kind that learns in this stage. One that tuning learns ships."""
+        return self.pixels.learned_in(stage) or self.tokens.learned_in(stage)
 
 
 class FitTable(Table):
@@ -308,6 +331,23 @@ class SearchTable(Table):
     def data_needed(self) -> DataTable | None:
         """The other images that the search looks at; none where nothing is searched."""
         return self.data if self.found is None else None
+
+
+class CondenseTable(Table):
+    """Between search and cut: which of the prompt's tokens stay."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the tokens; 1: all, and no stage"
+    )
+    score: Literal["gradient", "norm", "random"] = Field(
+        default="gradient",
+        description="gradient: the mean over batches of |<p, dL/dp>|, in one pass over the training images; norm, random: baselines",
+    )
+    scope: Literal["global", "layer"] = Field(
+        default="global",
+        description="global: all blocks compete, and may keep different numbers, or none; layer: each keeps its share",
+    )
+    batch_size: Count = Field(default=64, description="images whose gradients are summed before the absolute value")
 
 
 Milliseconds = Annotated[
@@ -511,6 +551,7 @@ class Recipe(Table):
     prompt: PromptTable = Field(default_factory=PromptTable)
     fit: FitTable = Field(default_factory=FitTable)
     search: SearchTable = Field(default_factory=SearchTable)
+    condense: CondenseTable = Field(default_factory=CondenseTable)
     budget: BudgetTable
     target: TargetTable = Field(default_factory=TargetTable)
     tune: TuneTable = Field(default_factory=TuneTable)
@@ -524,7 +565,7 @@ class Recipe(Table):
         """The arms compared, "dense" first: what the recipe names, or every arm that its prompt allows."""
         if self.compare.arms is not None:
             return tuple(arm for arm in ARMS if arm in self.compare.arms)
-        ships = self.prompt.pixels.learned_in("tune")
+        ships = self.prompt.learned_in("tune")
         return ("dense", "dense+prompt", "pruned") if ships else ("dense", "pruned")
 
 

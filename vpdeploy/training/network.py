@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vpdeploy.data.prepared import Images, batches
 from vpdeploy.data.resize import PIXEL_SCALE
+from vpdeploy.models.prompt_tokens import PREFIX as TOKENS
+from vpdeploy.models.prompt_tokens import put_tokens, split_prompt, token_parameters, uniform_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.surgery.gates import Gated
+from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.training.streams import derive, stream
 
 
@@ -82,21 +88,48 @@ def build_canvas(recipe: Recipe, *, prompted: bool) -> Canvas:
     return Canvas(table.image_size, table.canvas, mean=table.mean, std=table.std, prompt=prompt)
 
 
-def prompt_state(canvas: Canvas) -> dict[str, Tensor]:
-    """What of the canvas was learned; empty without a prompt."""
-    return {} if canvas.prompt is None else {k: v.detach().cpu().clone() for k, v in canvas.prompt.state_dict().items()}
+def add_prompt(
+    backbone: nn.Module,
+    recipe: Recipe,
+    *,
+    stage: Literal["search", "tune"] | None,
+    state: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Canvas:
+    """The prompt that learns in ``stage``, as ``state`` has it, or where it begins: the canvas with its pixels, and its tokens
+    put into ``backbone``, which is changed. Without a stage there is none.
+    """
+    pixels, tokens = split_prompt(state)
+    canvas = build_canvas(recipe, prompted=stage is not None and recipe.prompt.pixels.learned_in(stage))
+    if pixels and canvas.prompt is not None:
+        canvas.prompt.load_state_dict(pixels)
+    table = recipe.prompt.tokens
+    if stage is not None and table.learned_in(stage):
+        drawn = stream(recipe.seed, "prompt", 0, "tokens")
+        put_tokens(backbone, tokens or uniform_tokens(backbone, table.count, generator=drawn), dropout=table.dropout)
+    return canvas
+
+
+def prompt_state(network: Prompted) -> dict[str, Tensor]:
+    """What was learned beside weights, as ``split_prompt`` takes it; empty without a prompt."""
+    pixels = {} if network.canvas.prompt is None else network.canvas.prompt.state_dict()
+    masked = network.backbone
+    backbone = masked.backbone if isinstance(masked, Gated | MaskedWeights) else masked
+    tokens = {TOKENS + name: rows for name, rows in token_parameters(backbone).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in {**pixels, **tokens}.items()}
 
 
 def prompt_parameters(network: Prompted) -> list[nn.Parameter]:
     """Empty without a prompt."""
-    return [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
+    pixels = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
+    return [*pixels, *token_parameters(network.backbone).values()]
 
 
 def show(recipe: Recipe, images: Images, *, prompt: Mapping[str, Tensor], count: int) -> Tensor:
     """The first ``count`` images as the backbone sees them, with a prompt's state (empty for none): [n, 3, C, C], float32."""
-    canvas = build_canvas(recipe, prompted=bool(prompt)).eval()
+    pixels, _ = split_prompt(prompt)
+    canvas = build_canvas(recipe, prompted=bool(pixels)).eval()
     if canvas.prompt is not None:
-        canvas.prompt.load_state_dict(prompt)
+        canvas.prompt.load_state_dict(pixels)
     order = torch.arange(min(count, len(images)))
     pixels = torch.cat([batch for batch, _ in batches(images, order, count)])
     with torch.no_grad():

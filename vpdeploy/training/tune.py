@@ -8,12 +8,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from vpdeploy.models.prompt_tokens import take_tokens
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.surgery.masked_weights import set_to_zero
 from vpdeploy.training.fit import at_rest
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
+from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt, build_canvas, prompt_state
 from vpdeploy.training.weights import Teacher, WeightSchedule, asked_every_step, asked_once, train_weights
 from vpdeploy.values import Dense, Tuned
 
@@ -38,10 +39,9 @@ def tune(
     Raises: VpdeployError when the loss is not finite.
     """
     table = recipe.tune
-    canvas = build_canvas(recipe, prompted=prompt is not None)
-    if prompt and canvas.prompt is not None:
-        canvas.prompt.load_state_dict(prompt)
-    network = Prompted(canvas, copy.deepcopy(backbone).requires_grad_(True), compute, label_map=label_map)
+    backbone = copy.deepcopy(backbone).requires_grad_(True)
+    canvas = add_prompt(backbone, recipe, stage=None if prompt is None else "tune", state=prompt or {})
+    network = Prompted(canvas, backbone, compute, label_map=label_map)
     schedule = WeightSchedule(
         streams="tune",
         seed=recipe.seed,
@@ -57,7 +57,9 @@ def tune(
     zeros = partial(set_to_zero, network.backbone, mask) if mask else None
     teacher = _teacher(dense, data, recipe, compute) if table.distill > 0 else None
     train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher, after_step=zeros)
-    return Tuned(at_rest(network.backbone), prompt_state(canvas), None if label_map is None else tuple(label_map))
+    state = prompt_state(network)
+    take_tokens(network.backbone)
+    return Tuned(at_rest(network.backbone), state, None if label_map is None else tuple(label_map))
 
 
 def _teacher(dense: Dense, data: TrainingData, recipe: Recipe, compute: Compute) -> Teacher:

@@ -156,11 +156,12 @@ class _Weights:
 
 def _optimizer(network: Prompted, schedule: WeightSchedule) -> torch.optim.Optimizer:
     """Three groups: weights with decay; norms and biases without; the prompt without, at its own rate."""
-    trainable = [p for p in network.backbone.parameters() if p.requires_grad]
+    prompt = prompt_parameters(network)
+    trainable = [p for p in network.backbone.parameters() if p.requires_grad and all(p is not own for own in prompt)]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": schedule.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": prompt_parameters(network), "weight_decay": 0.0},
+        {"params": prompt, "weight_decay": 0.0},
     ]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.weight_lr, momentum=0.9)

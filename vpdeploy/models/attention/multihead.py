@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.models.attention.layers import Copy, join_heads, layer, split_heads, thirds
+from vpdeploy.models.attention.memory import recall, widened
 
 
 class MultiheadAttention(nn.Module):
-    """Attention of queries to keys and values, called like nn.MultiheadAttention."""
+    """Attention of queries to keys and values, called like nn.MultiheadAttention. ``memory`` gives further keys and values."""
 
     # nn.TransformerEncoderLayer and nn.TransformerEncoder read these to see whether their fused kernel, which wants one
     # packed projection, can be called. It cannot.
@@ -34,6 +35,13 @@ class MultiheadAttention(nn.Module):
         self.dropout = dropout
         self.batch_first = batch_first
         self.q, self.k, self.v, self.proj = q, k, v, proj
+        self.memory: nn.Module | None = None
+
+    def keys(self, x: Tensor) -> Tensor:
+        return split_heads(self.k(x), self.head_dim)
+
+    def values(self, x: Tensor) -> Tensor:
+        return split_heads(self.v(x), self.head_dim)
 
     def forward(
         self,
@@ -62,10 +70,10 @@ class MultiheadAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = (
-            split_heads(project(x), self.head_dim) for project, x in ((self.q, query), (self.k, key), (self.v, value))
-        )
+        q = split_heads(self.q(query), self.head_dim)
+        k, v = recall(self.memory, self, self.keys(key), self.values(value))
         mask = _merge(attn_mask, key_padding_mask, q)
+        mask = None if mask is None else widened(mask, k)
         weights = None
         if need_weights:
             scores = (q * self.scale) @ k.transpose(-2, -1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.models.attention.layers import join_heads, split_heads
+from vpdeploy.models.attention.memory import recall, widened
 
 
 class TokenAttention(nn.Module):
@@ -14,6 +15,7 @@ class TokenAttention(nn.Module):
 
     ``q_norm`` and ``k_norm`` work on each head of its own, [n, heads, L, d]. ``gate``, [n, L, c] -> [n, L, heads * d],
     multiplies by its sigmoid what proj reads. The first ``prefix`` tokens have no place in the image to turn by.
+    ``memory`` gives keys and values beside those of x.
     """
 
     def __init__(
@@ -41,6 +43,13 @@ class TokenAttention(nn.Module):
         self.rotate_half = rotate_half
         self.q, self.k, self.v, self.proj = q, k, v, proj
         self.q_norm, self.k_norm, self.gate = q_norm, k_norm, gate
+        self.memory: nn.Module | None = None
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self.k_norm(split_heads(self.k(x), self.head_dim))
+
+    def values(self, x: Tensor) -> Tensor:
+        return split_heads(self.v(x), self.head_dim)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, rope: Tensor | None = None
@@ -49,16 +58,15 @@ class TokenAttention(nn.Module):
 
         rope: [..., L - prefix, 2 * d], sines and cosines by which q and k are turned.
         """
-        q, k, v = (split_heads(layer(x), self.head_dim) for layer in (self.q, self.k, self.v))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.q_norm(split_heads(self.q(x), self.head_dim)), self.keys(x), self.values(x)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
         # Norms and rotations may widen half precision; the kernel wants one dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
+        k, v = recall(self.memory, self, k, v)
+        mask = None if attn_mask is None else widened(attn_mask, k)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-        )
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
         out = join_heads(out)
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

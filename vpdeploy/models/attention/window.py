@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.models.attention.layers import join_heads, split_heads
+from vpdeploy.models.attention.memory import recall, widened
 
 
 class WindowAttention(nn.Module):
     """Attention among the L tokens of each window. x: [..., L, c] -> [..., L, c].
 
     ``logit_scale``, [heads, 1, 1], makes it cosine attention (arXiv:2111.09883): q and k count by their direction only,
-    and the scale, at most 100, is learned as its logarithm; then ``scale`` is 1.
+    and the scale, at most 100, is learned as its logarithm; then ``scale`` is 1. ``memory`` gives every window keys and values
+    beside those of its tokens.
     """
 
     def __init__(
@@ -40,20 +42,29 @@ class WindowAttention(nn.Module):
         self.q, self.k, self.v, self.proj = q, k, v, proj
         self.position_bias = position_bias
         self.logit_scale = logit_scale
+        self.memory: nn.Module | None = None
+
+    def keys(self, x: Tensor) -> Tensor:
+        k = split_heads(self.k(x), self.head_dim)
+        return k if self.logit_scale is None else F.normalize(k, dim=-1)
+
+    def values(self, x: Tensor) -> Tensor:
+        return split_heads(self.v(x), self.head_dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` is added to the scores. mask: [windows, L, L], where x is [n * windows, L, c]."""
         windows = x.flatten(0, -3)  # [..., L, c] -> [n, L, c]: the ONNX exporter knows 4-dimensional attention only
-        q, k, v = (split_heads(layer(windows), self.head_dim) for layer in (self.q, self.k, self.v))
+        q, k, v = split_heads(self.q(windows), self.head_dim), self.keys(windows), self.values(windows)
         if self.logit_scale is not None:
             q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
-            k = F.normalize(k, dim=-1)
         # Normalising and scaling may widen half precision; the kernel wants one dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
         bias = self.position_bias()  # [1, heads, L, L]
         if mask is not None:
             bias = bias + mask.unsqueeze(1)  # [windows, heads, L, L]
             bias = bias.expand(windows.shape[0] // mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        k, v = recall(self.memory, self, k, v)
+        bias = widened(bias, k)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias.to(v.dtype), dropout_p=dropout, scale=self.scale)
         out = F.dropout(self.proj(join_heads(out)), self.proj_dropout, self.training)

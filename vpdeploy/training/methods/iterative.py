@@ -17,7 +17,7 @@ from vpdeploy.surgery.gates import mask_of
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training.methods.criteria import importance
 from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
+from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import Found
 
@@ -32,8 +32,8 @@ def iterative(
     are shared by the rounds - 1 pauses; weights stay as they became, those of channels that went as they were then.
     """
     table = recipe.search
-    canvas = build_canvas(recipe, prompted=task.prompted)
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
+    canvas = add_prompt(backbone, recipe, stage=task.stage)
 
     def network_of(part: nn.Module) -> Prompted:
         return Prompted(canvas, part, compute, label_map=task.dense.label_map)

@@ -15,7 +15,7 @@ from vpdeploy.run_folder import Journal
 from vpdeploy.scoring.criteria.magnitude import magnitude
 from vpdeploy.scoring.criteria.norm_scale import norm_scale, norm_scales
 from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas
+from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import ChannelGroup, Found
 
@@ -32,8 +32,8 @@ def sparse(
     all layers of its group, the weaker the harder; the score is the group norm (arXiv:2301.12900).
     """
     table = recipe.search
-    canvas = build_canvas(recipe, prompted=task.prompted)
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
+    canvas = add_prompt(backbone, recipe, stage=task.stage)
     network = Prompted(canvas, backbone, compute, label_map=task.dense.label_map)
     strength = STRENGTH[table.method] if table.strength is None else table.strength
     slim = table.method == "slim"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from vpdeploy.scoring.weighing import for_cost
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.training.fit import label_map_of
-from vpdeploy.training.network import Compute, Prompted, TrainingData, build_canvas, prompt_state
+from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt, prompt_state
 from vpdeploy.training.weights import WeightSchedule
 from vpdeploy.values import ChannelGroup, Dense, Found
 
@@ -46,6 +47,11 @@ class SearchTask:
     @property
     def count(self) -> int:
         return sum(shape.numel() for shape in self.units.values())
+
+    @property
+    def stage(self) -> Literal["search"] | None:
+        """In which the prompt learns."""
+        return "search" if self.prompted else None
 
     def masked(self, backbone: nn.Module) -> Gated | MaskedWeights:
         """``backbone``, taking a row of mask values beside its input."""
@@ -92,10 +98,17 @@ def schedule_of(
     )
 
 
-def masked_network(task: SearchTask, recipe: Recipe, compute: Compute, *, trains: bool) -> Prompted:
-    """A copy of the dense network behind masks, under a new canvas. ``trains``: whether its weights do."""
+def masked_network(
+    task: SearchTask,
+    recipe: Recipe,
+    compute: Compute,
+    *,
+    trains: bool,
+    prompt: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Prompted:
+    """A copy of the dense network behind masks, with a new prompt, or ``prompt``. ``trains``: whether its weights do."""
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(trains)
-    canvas = build_canvas(recipe, prompted=task.prompted)
+    canvas = add_prompt(backbone, recipe, stage=task.stage, state=prompt)
     return Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
 
 
@@ -120,7 +133,7 @@ def found_of(scores: Tensor, network: Prompted, backbone: nn.Module, task: Searc
     parts = scores.detach().to("cpu", torch.float32).split([shape.numel() for shape in task.units.values()])
     return Found(
         scores={name: part.view(shape).clone() for (name, shape), part in zip(task.units.items(), parts, strict=True)},
-        prompt=prompt_state(network.canvas),
+        prompt=prompt_state(network),
         tensors=_changed(backbone, task.dense.backbone),
         label_map=label_map_of(network),
     )
@@ -130,7 +143,11 @@ def _changed(backbone: nn.Module, dense: nn.Module) -> dict[str, Tensor]:
     """The tensors of ``backbone`` that are not those of ``dense``, by name."""
     before = dense.state_dict()
     after = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    return {name: tensor.clone() for name, tensor in after.items() if not torch.equal(tensor, before[name].cpu())}
+    return {  # tokens of a prompt are none of them
+        name: tensor.clone()
+        for name, tensor in after.items()
+        if name in before and not torch.equal(tensor, before[name].cpu())
+    }
 
 
 def with_tensors(dense: Dense, found: Found) -> nn.Module:

@@ -1,0 +1,69 @@
+"""Keys and values that attention reads beside those of its tokens: what prompts amount to whose outputs nobody reads.
+
+A prompt that is replaced before every block (VPT-deep, arXiv:2203.12119) matters as a key and a value alone: its query, its
+attention, projection and MLP are dead work. So it never enters the sequence here, neither in training nor in the file.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(Protocol):
+    """What a memory asks of the attention that reads it. x: [n, L, c] -> [n, heads, L, d], as it compares and sums them."""
+
+    def keys(self, x: Tensor) -> Tensor: ...
+
+    def values(self, x: Tensor) -> Tensor: ...
+
+
+class PromptTokens(nn.Module):
+    """Learned tokens [N, c] that stand before ``norm``, the layer whose output attention reads. Those of no token: [0, c]."""
+
+    def __init__(self, tokens: Tensor, norm: nn.Module, *, dropout: float = 0.0):
+        super().__init__()
+        self.tokens = nn.Parameter(tokens)
+        self.dropout = nn.Dropout(dropout)
+        self._norm = (norm,)  # in a tuple: it is the block's, which holds its parameters
+
+    def forward(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        """Keys and values: [1, heads, N, d] each."""
+        (norm,) = self._norm
+        rows = norm(self.dropout(self.tokens).unsqueeze(0))
+        return attention.keys(rows), attention.values(rows)
+
+
+class ConstantMemory(nn.Module):
+    """Keys and values as they are: [1, heads, N, d] each."""
+
+    key: Tensor
+    value: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor):
+        super().__init__()
+        self.register_buffer("key", key)
+        self.register_buffer("value", value)
+
+    def forward(self, attention: Attention) -> tuple[Tensor, Tensor]:
+        return self.key, self.value
+
+
+def recall(memory: nn.Module | None, attention: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``k`` and ``v``, [n, heads, L, d], and after them what ``memory`` holds."""
+    if memory is None:
+        return k, v
+    more = (
+        rows.to(own.dtype).expand(len(own), -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True)
+    )
+    k, v = (torch.cat(both, dim=2) for both in zip((k, v), more, strict=True))
+    return k, v
+
+
+def widened(mask: Tensor, keys: Tensor) -> Tensor:
+    """``mask``, [..., L, L], for keys [n, heads, L + N, d]: every token may look at what is remembered, which has no position."""
+    more = keys.shape[2] - mask.shape[-1]
+    return F.pad(mask, (0, more), value=mask.dtype == torch.bool) if more else mask
