@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vpdeploy.recipe.tables import SearchTable, TuneTable
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GRIDS = sorted((BENCHMARKS / "grids").glob("*.toml"))
 
@@ -49,6 +51,18 @@ def test_every_run_of_a_grid_is_a_recipe(path: Path) -> None:
         epochs = grid["methods"][cell.method].get("epochs", grid["epochs"])
         assert searches + recipe.tune.epochs == epochs, cell.name
         assert epochs == grid["epochs"] or cell.method.endswith("-longer")  # the same for all whose name does not tell
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet20", "cifar10-resnet56"])
+def test_the_row_that_is_called_the_default_is_it(name: str) -> None:
+    path = BENCHMARKS / "grids" / f"{name}.toml"
+    for cell in grids.cells(grids.read_grid(path), only=["iterative"]):
+        recipe = grids.recipe_of(path, cell)
+        asked = {"epochs": recipe.search.epochs, "batch_size": recipe.search.batch_size}
+        default = SearchTable(**asked)
+        told = {"rounds": default.turns, "per_cost": default.weighs_cost}
+        assert recipe.search == default.model_copy(update=told)
+        assert (recipe.tune.distill, recipe.tune.teacher) == (TuneTable().distill, TuneTable().teacher)
 
 
 def test_an_ablation_changes_one_thing() -> None:
