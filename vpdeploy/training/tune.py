@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vpdeploy.models.prompt_tokens import take_tokens
+from vpdeploy.models.tokens.prompt import take_tokens
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
