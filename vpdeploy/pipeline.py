@@ -404,6 +404,7 @@ def tuned(
                 work.training_data(),
                 prompt=prompt if prompted and work.recipe.prompt.learned_in("tune") else None,
                 dense=dense,
+                classifier=work.built.classifier,
                 mask=mask,
                 label_map=start.label_map,
                 recipe=work.recipe,

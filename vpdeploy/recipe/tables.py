@@ -459,6 +459,9 @@ class TargetTable(Table):
 class TuneTable(Table):
     """Stage 2: weights and prompt of the network that ships. The same for every arm."""
 
+    what: Literal["all", "head"] = Field(
+        default="all", description="which weights train beside the prompt; head: the classifier alone, as VPT has it"
+    )
     epochs: Count = Field(default=20, description="passes over the training split")
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd has momentum 0.9")
     weight_lr: Positive = Field(default=0.02, description="cosine decay")

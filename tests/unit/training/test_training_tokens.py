@@ -70,7 +70,8 @@ def searched(folder: Path, recipe: Recipe, backbone: nn.Module, *, prompted: boo
 
 def tuned(folder: Path, recipe: Recipe, backbone: nn.Module, prompt: dict[str, Tensor] | None) -> Tuned:
     return tune(
-        backbone, tiny.data(), prompt=prompt, dense=Dense(backbone), mask={}, label_map=None, recipe=recipe,
+        backbone, tiny.data(), prompt=prompt, dense=Dense(backbone), classifier="heads.head", mask={}, label_map=None,
+        recipe=recipe,
         compute=tiny.COMPUTE, journal=tiny.journal(folder, "tune"), display=tiny.QUIET,
     )  # fmt: skip
 
@@ -116,6 +117,16 @@ def test_tuning_goes_on_with_the_tokens_and_hands_them_on_apart(tmp_path):
     assert result.prompt.keys() == prompt.keys()
     assert all(not torch.equal(result.prompt[name], rows) for name, rows in prompt.items())
     assert tuned(tmp_path / "plain", settled(), network, None).prompt == {}
+
+
+def test_with_the_head_alone_all_other_weights_stay(tmp_path):
+    network = vit()
+    prompt = {f"tokens.{name}": rows for name, rows in drawn(network).items()}
+    result = tuned(tmp_path, settled(tune__what="head"), network, prompt)
+    before, after = network.state_dict(), result.backbone.state_dict()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {"heads.head.weight", "heads.head.bias"}
+    assert all(not torch.equal(result.prompt[name], rows) for name, rows in prompt.items())
 
 
 def test_pixels_and_tokens_learn_side_by_side(tmp_path):
