@@ -48,6 +48,7 @@ def training_rate(backbone: nn.Module, data: TrainingData, recipe: Recipe, compu
             data,
             prompt={},
             dense=Dense(backbone),
+            classifier="fc",
             mask={},
             label_map=None,
             recipe=recipe,

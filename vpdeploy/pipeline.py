@@ -22,7 +22,7 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.latency import told_unsteady
 from vpdeploy.measure.macs import count_macs
-from vpdeploy.models.prompt_tokens import put_tokens, split_prompt
+from vpdeploy.models.tokens.prompt import put_tokens, split_prompt
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
 from vpdeploy.pricing.settle import settle
@@ -335,7 +335,7 @@ def planned(
             count = enough_images(macs, at_most=CERTIFICATE_IMAGES)
             images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
             for network in (source, smaller):
-                put_tokens(network, split_prompt(found.prompt)[1])
+                put_tokens(network, split_prompt(found.prompt)[1], work.recipe.prompt.tokens)
             certificate = certify(source, smaller, groups, selection, canvas=images)
             certificate = replace(
                 certificate,
@@ -404,6 +404,7 @@ def tuned(
                 work.training_data(),
                 prompt=prompt if prompted and work.recipe.prompt.learned_in("tune") else None,
                 dense=dense,
+                classifier=work.built.classifier,
                 mask=mask,
                 label_map=start.label_map,
                 recipe=work.recipe,

@@ -196,7 +196,8 @@ def test_training_and_baking_leave_the_network_as_it_was(tmp_path):
     assert tiny.snapshot(network) == before
     prompt = {name: tensor.clone() for name, tensor in found.prompt.items()}
     tuned = tune(
-        network, data, prompt=prompt, dense=Dense(network), mask={}, label_map=None, recipe=recipe, compute=tiny.COMPUTE,
+        network, data, prompt=prompt, dense=Dense(network), classifier="linear", mask={}, label_map=None,
+        recipe=recipe, compute=tiny.COMPUTE,
         journal=tiny.journal(tmp_path, "tune"), display=tiny.QUIET,
     )  # fmt: skip
     assert tiny.snapshot(network) == before

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vpdeploy.data.resize import resize
 from vpdeploy.models.classifier import take_rows
-from vpdeploy.models.prompt_tokens import fold_tokens, put_tokens, split_prompt
+from vpdeploy.models.tokens.prompt import fold_tokens, put_tokens, split_prompt
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import build_prompt
 from vpdeploy.recipe.tables import PixelsTable, Recipe
@@ -79,7 +79,7 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
     if tuned.label_map is not None:
         backbone = take_rows(backbone, classifier, tuned.label_map)
     pixels, tokens = split_prompt(tuned.prompt)
-    put_tokens(backbone, tokens)
+    put_tokens(backbone, tokens, recipe.prompt.tokens)
     fold_tokens(backbone)
     prompt = _constant_prompt(pixels, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
     canvas = Canvas(

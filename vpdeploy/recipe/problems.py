@@ -362,4 +362,6 @@ def _arm_problems(arms: Sequence[str], prompt: PromptTable) -> Iterator[str]:
                     "a kind"
                 )
     elif "dense+prompt" in arms and not prompt.learned_in("tune"):
-        yield ("'dense+prompt' is tuned with the prompt, but its stages are 'search'; remove the arm or use 'both'")
+        kinds = {"pixels": prompt.pixels.kind, "tokens": prompt.tokens.kind}
+        stages = " and ".join(f"prompt.{name}.stages" for name, kind in kinds.items() if kind != "none")
+        yield f"'dense+prompt' is tuned with the prompt, but {stages} is 'search'; remove the arm or use 'both'"

@@ -171,11 +171,14 @@ class PixelsTable(Table):
 class TokensTable(Table):
     """Learned tokens of a vision transformer."""
 
-    kind: Literal["vpt-deep", "none"] = Field(
+    kind: Literal["vpt-deep", "vpt-shallow", "cvpt", "ffn-memory", "none"] = Field(
         default="none",
-        description="vpt-deep: each block has its own, whose outputs nothing reads; in the file they are constant keys and values",
+        description="vpt-deep: each block has its own, whose outputs nothing reads; vpt-shallow: they go through all blocks; cvpt: the stream looks at each block's own in an attention beside the block's; ffn-memory: hidden units beside each MLP's (docs/tokens.md)",
     )
     count: Count = Field(default=10, description="of each block")
+    position: Literal["before-attention", "beside-attention", "after-attention", "before-mlp", "after-mlp"] = Field(
+        default="after-attention", description="cvpt: where in the block the stream looks at them"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the tokens, in training")
     stages: Literal["both", "search", "tune"] = Field(
         default="both", description="where they are learned; search: then none are exported"
@@ -456,6 +459,9 @@ class TargetTable(Table):
 class TuneTable(Table):
     """Stage 2: weights and prompt of the network that ships. The same for every arm."""
 
+    what: Literal["all", "head"] = Field(
+        default="all", description="which weights train beside the prompt; head: the classifier alone, as VPT has it"
+    )
     epochs: Count = Field(default=20, description="passes over the training split")
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd has momentum 0.9")
     weight_lr: Positive = Field(default=0.02, description="cosine decay")

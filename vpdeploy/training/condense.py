@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vpdeploy.data.prepared import batches
-from vpdeploy.models.prompt_tokens import PREFIX, split_prompt, token_parameters
+from vpdeploy.models.tokens.prompt import PREFIX, split_prompt, token_parameters
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.condense import gradient_scores, kept_tokens, norm_scores, random_scores
 from vpdeploy.scoring.straight_through import hard_mask

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vpdeploy.data.prepared import Images, batches
 from vpdeploy.data.resize import PIXEL_SCALE
-from vpdeploy.models.prompt_tokens import PREFIX as TOKENS
-from vpdeploy.models.prompt_tokens import put_tokens, split_prompt, token_parameters, uniform_tokens
+from vpdeploy.models.tokens.prompt import PREFIX as TOKENS
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, split_prompt, token_parameters
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
 from vpdeploy.recipe.tables import Recipe
@@ -105,7 +105,7 @@ def add_prompt(
     table = recipe.prompt.tokens
     if stage is not None and table.learned_in(stage):
         drawn = stream(recipe.seed, "prompt", 0, "tokens")
-        put_tokens(backbone, tokens or uniform_tokens(backbone, table.count, generator=drawn), dropout=table.dropout)
+        put_tokens(backbone, tokens or new_tokens(backbone, table, generator=drawn), table)
     return canvas
 
 

@@ -8,14 +8,21 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vpdeploy.models.prompt_tokens import take_tokens
+from vpdeploy.models.tokens.prompt import take_tokens
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.surgery.masked_weights import set_to_zero
 from vpdeploy.training.fit import at_rest
 from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt, build_canvas, prompt_state
-from vpdeploy.training.weights import Teacher, WeightSchedule, asked_every_step, asked_once, train_weights
+from vpdeploy.training.weights import (
+    Teacher,
+    WeightSchedule,
+    asked_every_step,
+    asked_once,
+    freeze_all_but,
+    train_weights,
+)
 from vpdeploy.values import Dense, Tuned
 
 
@@ -25,6 +32,7 @@ def tune(
     *,
     prompt: Mapping[str, Tensor] | None,
     dense: Dense,
+    classifier: str,
     mask: Mapping[str, Tensor],
     label_map: Sequence[int] | None,
     recipe: Recipe,
@@ -32,14 +40,16 @@ def tune(
     journal: Journal,
     display: Display,
 ) -> Tuned:
-    """Train a copy of ``backbone``, already cut. prompt: its state to start from, empty to start from zero, None for none.
-    dense: what ``tune.distill`` compares with, without a prompt. mask: weights, by name, whose entries that are not kept are
-    0 and stay so; empty where channels were cut.
+    """Train a copy of ``backbone``, already cut. prompt: its state to start from, empty to start anew, None for none. dense: what
+    ``tune.distill`` compares with, without a prompt. classifier: the one layer that trains with ``tune.what`` = "head". mask:
+    weights, by name, whose entries that are not kept are 0 and stay so; empty where channels were cut.
 
     Raises: VpdeployError when the loss is not finite.
     """
     table = recipe.tune
     backbone = copy.deepcopy(backbone).requires_grad_(True)
+    if table.what == "head":
+        freeze_all_but(backbone, backbone.get_submodule(classifier))
     canvas = add_prompt(backbone, recipe, stage=None if prompt is None else "tune", state=prompt or {})
     network = Prompted(canvas, backbone, compute, label_map=label_map)
     schedule = WeightSchedule(

@@ -236,7 +236,7 @@ ONE_PROBLEM = [
     ),
     (
         {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"kind": "none"}}},
-        "compare.arms: 'dense+prompt' needs a prompt, but prompt.pixels.kind is 'none'; ",
+        "compare.arms: 'dense+prompt' needs a prompt, but prompt.pixels.kind and prompt.tokens.kind are 'none'; ",
     ),
     (
         {"compare": {"arms": ["dense", "dense+prompt", "pruned"]}, "prompt": {"pixels": {"stages": "search"}}},

@@ -66,7 +66,7 @@ def run_search(folder: Path, settled: Recipe) -> Bits:
 def run_tune(folder: Path, settled: Recipe) -> Bits:
     label_map = (3, 4, 5) if settled.model.head in ("flm", "ilm") else None
     tuned = tune(
-        backbone(settled), tiny.data(), prompt={}, dense=Dense(backbone(settled), label_map), mask={},
+        backbone(settled), tiny.data(), prompt={}, dense=Dense(backbone(settled), label_map), classifier="linear", mask={},
         label_map=label_map, recipe=settled, compute=tiny.COMPUTE,
         journal=tiny.journal(folder), display=Display(quiet=True),
     )  # fmt: skip

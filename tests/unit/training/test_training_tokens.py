@@ -16,8 +16,8 @@ from vpdeploy.deploy.bake import bake
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory
 from vpdeploy.models.attention.replace import replace_attention
-from vpdeploy.models.blocks import blocks_of
-from vpdeploy.models.prompt_tokens import put_tokens, split_prompt, uniform_tokens
+from vpdeploy.models.tokens.blocks import blocks_of
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, split_prompt
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.condense import gradient_scores, kept_tokens
 from vpdeploy.scoring.select import build_selector
@@ -70,14 +70,17 @@ def searched(folder: Path, recipe: Recipe, backbone: nn.Module, *, prompted: boo
 
 def tuned(folder: Path, recipe: Recipe, backbone: nn.Module, prompt: dict[str, Tensor] | None) -> Tuned:
     return tune(
-        backbone, tiny.data(), prompt=prompt, dense=Dense(backbone), mask={}, label_map=None, recipe=recipe,
+        backbone, tiny.data(), prompt=prompt, dense=Dense(backbone), classifier="heads.head", mask={}, label_map=None,
+        recipe=recipe,
         compute=tiny.COMPUTE, journal=tiny.journal(folder, "tune"), display=tiny.QUIET,
     )  # fmt: skip
 
 
 def drawn(backbone: nn.Module, *, scale: float = 1.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(9)
-    return {name: scale * rows for name, rows in uniform_tokens(backbone, COUNT, generator=generator).items()}
+    return {
+        name: scale * rows for name, rows in new_tokens(backbone, settled().prompt.tokens, generator=generator).items()
+    }
 
 
 @pytest.mark.parametrize("method", ["vpns", "iterative", "slim", "taylor", "bip", "omp"])
@@ -91,7 +94,7 @@ def test_tokens_learn_in_a_search_and_are_no_weights(tmp_path, method):
     assert not pixels and {name: rows.shape for name, rows in tokens.items()} == {
         block.name: (COUNT, WIDTH) for block in blocks_of(network)
     }
-    start = uniform_tokens(network, COUNT, generator=torch.Generator().manual_seed(0))
+    start = new_tokens(network, recipe.prompt.tokens, generator=torch.Generator().manual_seed(0))
     assert all(rows.isfinite().all() and not torch.equal(rows, start[name]) for name, rows in tokens.items())
     assert not any("memory" in name for name in found.tensors)
     assert (found.tensors == {}) == (method in ("vpns", "taylor", "omp"))
@@ -114,6 +117,16 @@ def test_tuning_goes_on_with_the_tokens_and_hands_them_on_apart(tmp_path):
     assert result.prompt.keys() == prompt.keys()
     assert all(not torch.equal(result.prompt[name], rows) for name, rows in prompt.items())
     assert tuned(tmp_path / "plain", settled(), network, None).prompt == {}
+
+
+def test_with_the_head_alone_all_other_weights_stay(tmp_path):
+    network = vit()
+    prompt = {f"tokens.{name}": rows for name, rows in drawn(network).items()}
+    result = tuned(tmp_path, settled(tune__what="head"), network, prompt)
+    before, after = network.state_dict(), result.backbone.state_dict()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved == {"heads.head.weight", "heads.head.bias"}
+    assert all(not torch.equal(result.prompt[name], rows) for name, rows in prompt.items())
 
 
 def test_pixels_and_tokens_learn_side_by_side(tmp_path):
@@ -144,14 +157,15 @@ def test_what_is_baked_computes_what_was_tuned():
 
 
 def test_a_network_without_blocks_is_refused_by_name():
+    table = settled().prompt.tokens
     with pytest.raises(
-        ModelError, match=r"prompt.tokens: Network has no block that tokens can be put before; expected a vis"
+        ModelError, match=r"got 'vpt-deep' for Network, which has no block for it; expected a vision transfor"
     ):
-        put_tokens(tiny.network(), {"conv1": torch.zeros(1, 8)})
+        put_tokens(tiny.network(), {"conv1": torch.zeros(1, 8)}, table)
     with pytest.raises(ModelError, match=r"got tokens for 'x'; expected one of encoder.layers.encoder_layer_0, "):
-        put_tokens(vit(), {"x": torch.zeros(1, WIDTH)})
-    with pytest.raises(ModelError, match=r"got \[1, 3\] for '[a-z_.0]*'; expected \[count, 24\], the block's width"):
-        put_tokens(vit(), {"encoder.layers.encoder_layer_0": torch.zeros(1, 3)})
+        put_tokens(vit(), {"x": torch.zeros(1, WIDTH)}, table)
+    with pytest.raises(ModelError, match=r"got \[1, 3\] for '[a-z_.0]*'; expected \[count, 24\]"):
+        put_tokens(vit(), {"encoder.layers.encoder_layer_0": torch.zeros(1, 3)}, table)
 
 
 # --- condensation -----------------------------------------------------------------------------------------------------
@@ -188,16 +202,26 @@ def test_what_stays_is_the_best_of_all_or_of_each():
     assert sum(int(row.sum()) for row in kept_tokens(scores, keep=1e-9, scope="global").values()) == 1
 
 
-@pytest.mark.parametrize("score", ["gradient", "norm", "random"])
-def test_condensing_removes_rows_and_changes_nothing_else(tmp_path, score):
+@pytest.mark.parametrize(
+    ("score", "kind", "left"),
+    [
+        ("gradient", "vpt-deep", 3),  # of 10
+        ("norm", "vpt-deep", 3),
+        ("random", "vpt-deep", 3),
+        ("gradient", "vpt-shallow", 2),  # of 5
+        ("gradient", "cvpt", 3),
+        ("gradient", "ffn-memory", 3),
+    ],
+)
+def test_condensing_removes_rows_and_changes_nothing_else(tmp_path, score, kind, left):
     network = vit()
-    recipe = settled(condense__keep=0.3, condense__score=score)
+    recipe = settled(condense__keep=0.3, condense__score=score, prompt__tokens__kind=kind)
     task = task_of(network, recipe)
     found = searched(tmp_path, recipe, network)
     before = {name: rows.clone() for name, rows in found.prompt.items()}
     fewer = condense(task, found, tiny.data(), recipe=recipe, compute=tiny.COMPUTE)
     assert all(torch.equal(found.prompt[name], rows) for name, rows in before.items())
-    assert sum(len(rows) for rows in fewer.prompt.values()) == 3  # of 10
+    assert sum(len(rows) for rows in fewer.prompt.values()) == left
     for name, rows in fewer.prompt.items():
         assert all(any(torch.equal(row, own) for own in before[name]) for row in rows)
     assert (fewer.scores, fewer.tensors) == (found.scores, found.tensors)
@@ -216,7 +240,7 @@ def test_removed_is_not_zeroed():
 
     def logits(tokens: Tensor) -> Tensor:
         twin = copy.deepcopy(network)
-        put_tokens(twin, {name: tokens})
+        put_tokens(twin, {name: tokens}, settled().prompt.tokens)
         return twin(x)
 
     zeroed = rows.clone()

@@ -36,8 +36,8 @@ def tuned(
     dense: nn.Module | None = None,
 ) -> Tuned:
     return tune(
-        backbone, tiny.data(), prompt=prompt, dense=Dense(dense or backbone, label_map), mask={},
-        label_map=label_map, recipe=settled or recipe(), compute=compute,
+        backbone, tiny.data(), prompt=prompt, dense=Dense(dense or backbone, label_map), classifier="linear",
+        mask={}, label_map=label_map, recipe=settled or recipe(), compute=compute,
         journal=tiny.journal(folder), display=tiny.QUIET,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def learned(kind: str = "pad", value: float = 0.3) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in canvas.prompt.parameters():
             parameter.fill_(value)
-    return prompt_state(canvas)
+    return prompt_state(Prompted(canvas, nn.Identity(), tiny.COMPUTE))
 
 
 def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -73,7 +73,7 @@ def test_weights_and_prompt_learn_and_what_came_stays(tmp_path: Path) -> None:
 def test_the_prompt_starts_where_the_search_left_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """None: no prompt; empty: from zero; a state: from there."""
     starts: list[dict[str, Tensor]] = []
-    monkeypatch.setattr(module, "train_weights", lambda network, *_, **__: starts.append(prompt_state(network.canvas)))
+    monkeypatch.setattr(module, "train_weights", lambda network, *_, **__: starts.append(prompt_state(network)))
     settled = recipe(prompt__pixels__kind=kind)
     for prompt in (None, {}, learned(kind)):
         result = tuned(tiny.network(), tmp_path, prompt=prompt, settled=settled)
@@ -90,7 +90,7 @@ def test_without_a_kind_there_is_no_prompt(tmp_path: Path) -> None:
 def test_arms_see_the_same_images_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without prompt, dense or cut: the pixels before the canvas are the same."""
     seen: list[list[Tensor]] = []
-    place = module.build_canvas
+    place = module.add_prompt
 
     def recording(*args: Any, **values: Any) -> Any:
         canvas, mine = place(*args, **values), []
@@ -100,7 +100,7 @@ def test_arms_see_the_same_images_in_the_same_order(tmp_path: Path, monkeypatch:
         seen.append(mine)
         return canvas
 
-    monkeypatch.setattr(module, "build_canvas", recording)
+    monkeypatch.setattr(module, "add_prompt", recording)
     tuned(tiny.network(), tmp_path / "dense")
     tuned(tiny.network(), tmp_path / "dense+prompt", prompt={})
     tuned(pruned(tiny.network()), tmp_path / "pruned", prompt=learned())

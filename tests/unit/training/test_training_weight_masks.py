@@ -175,7 +175,8 @@ def test_zeros_stay_in_tuning(tmp_path):
     mask = parts_of(row, weight_shapes(network))
     start = set_to_zero(copy.deepcopy(network), mask)
     result = tune(
-        start, tiny.data(), prompt={}, dense=Dense(network), mask=mask, label_map=None, recipe=settled, compute=tiny.COMPUTE,
+        start, tiny.data(), prompt={}, dense=Dense(network), classifier="linear", mask=mask, label_map=None,
+        recipe=settled, compute=tiny.COMPUTE,
         journal=tiny.journal(tmp_path), display=tiny.QUIET,
     )  # fmt: skip
     for name, kept in mask.items():

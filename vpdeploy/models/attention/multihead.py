@@ -37,6 +37,9 @@ class MultiheadAttention(nn.Module):
         self.q, self.k, self.v, self.proj = q, k, v, proj
         self.memory: nn.Module | None = None
 
+    def queries(self, x: Tensor) -> Tensor:
+        return split_heads(self.q(x), self.head_dim)
+
     def keys(self, x: Tensor) -> Tensor:
         return split_heads(self.k(x), self.head_dim)
 
@@ -70,7 +73,7 @@ class MultiheadAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q = split_heads(self.q(query), self.head_dim)
+        q = self.queries(query)
         k, v = recall(self.memory, self, self.keys(key), self.values(value))
         mask = _merge(attn_mask, key_padding_mask, q)
         mask = None if mask is None else widened(mask, k)

@@ -45,6 +45,9 @@ class TokenAttention(nn.Module):
         self.q_norm, self.k_norm, self.gate = q_norm, k_norm, gate
         self.memory: nn.Module | None = None
 
+    def queries(self, x: Tensor) -> Tensor:
+        return self.q_norm(split_heads(self.q(x), self.head_dim))
+
     def keys(self, x: Tensor) -> Tensor:
         return self.k_norm(split_heads(self.k(x), self.head_dim))
 
@@ -58,7 +61,7 @@ class TokenAttention(nn.Module):
 
         rope: [..., L - prefix, 2 * d], sines and cosines by which q and k are turned.
         """
-        q, k, v = self.q_norm(split_heads(self.q(x), self.head_dim)), self.keys(x), self.values(x)
+        q, k, v = self.queries(x), self.keys(x), self.values(x)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
         # Norms and rotations may widen half precision; the kernel wants one dtype.

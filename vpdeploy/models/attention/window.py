@@ -44,6 +44,12 @@ class WindowAttention(nn.Module):
         self.logit_scale = logit_scale
         self.memory: nn.Module | None = None
 
+    def queries(self, x: Tensor) -> Tensor:
+        q = split_heads(self.q(x), self.head_dim)
+        if self.logit_scale is None:
+            return q
+        return F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
+
     def keys(self, x: Tensor) -> Tensor:
         k = split_heads(self.k(x), self.head_dim)
         return k if self.logit_scale is None else F.normalize(k, dim=-1)
@@ -54,9 +60,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask`` is added to the scores. mask: [windows, L, L], where x is [n * windows, L, c]."""
         windows = x.flatten(0, -3)  # [..., L, c] -> [n, L, c]: the ONNX exporter knows 4-dimensional attention only
-        q, k, v = split_heads(self.q(windows), self.head_dim), self.keys(windows), self.values(windows)
-        if self.logit_scale is not None:
-            q = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        q, k, v = self.queries(windows), self.keys(windows), self.values(windows)
         # Normalising and scaling may widen half precision; the kernel wants one dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
         bias = self.position_bias()  # [1, heads, L, L]

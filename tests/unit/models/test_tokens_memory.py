@@ -4,76 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import SwinTransformer, VisionTransformer
+from transformers import VITS, WIDTH, images, replaced, swin, torchvision_vit
 
 from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
-from vpdeploy.models.attention.replace import replace_attention
-from vpdeploy.models.blocks import blocks_of
+from vpdeploy.models.tokens.blocks import blocks_of
 
 SAME_FLOAT64 = 1e-10  # of outputs of order 1, the same sums in another order
 MATTERS = 0.1  # by how much prompts move the outputs: else a fold that drops them would pass
-WIDTH = 24
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    """Norms that are not ones and zeros, and weights that make attention differ from place to place, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        parameter.data = (
-            parameter.data + 0.2 * drawn if parameter.ndim == 1 else 1.5 * drawn / parameter[0].numel() ** 0.5
-        )
-    return network.double().eval()
-
-
-def torchvision_vit(*, depth: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    return randomised(
-        VisionTransformer(
-            image_size=16, patch_size=4, num_layers=depth, num_heads=3, hidden_dim=WIDTH, mlp_dim=40, num_classes=5
-        )
-    )
-
-
-def timm_vit(*, depth: int = 3, **options: Any) -> nn.Module:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    return randomised(
-        timm.models.vision_transformer.VisionTransformer(
-            img_size=16, patch_size=4, depth=depth, num_heads=3, embed_dim=WIDTH, mlp_ratio=2, num_classes=5, **options
-        )
-    )
-
-
-def swin() -> nn.Module:
-    """Two stages, of windows that shift."""
-    torch.manual_seed(0)
-    return randomised(
-        SwinTransformer(
-            patch_size=[2, 2],
-            embed_dim=WIDTH,
-            depths=[2, 2],
-            num_heads=[3, 6],
-            window_size=[4, 4],
-            num_classes=5,
-            stochastic_depth_prob=0.0,
-        )
-    )
-
-
-VITS = {
-    "torchvision": torchvision_vit,
-    "timm": timm_vit,
-    "timm, norms of q and k": lambda: timm_vit(qk_norm=True),
-    "timm, layer scale": lambda: timm_vit(init_values=0.3),
-    "timm, mean of patches": lambda: timm_vit(global_pool="avg"),
-    "timm, registers": lambda: timm_vit(reg_tokens=2),
-}
 COUNTS = (4, 0, 7)
 
 
@@ -93,16 +34,6 @@ class InSequence(nn.Module):
 def prompts(counts: Sequence[int], width: int = WIDTH) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [3 * torch.randn(count, width, generator=generator, dtype=torch.float64) for count in counts]
-
-
-def images() -> Tensor:
-    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def replaced(network: nn.Module) -> nn.Module:
-    made = replace_attention(network, images()[:1])
-    assert made.replaced and not made.left
-    return copy.deepcopy(made.network)
 
 
 @pytest.mark.parametrize("name", VITS)

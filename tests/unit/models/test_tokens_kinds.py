@@ -1,0 +1,249 @@
+"""Every kind of token: what it computes, by hand; what it folds to; and that heads and units go as they would without."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import VITS, WIDTH, images, replaced, swin, torchvision_vit
+
+from vpdeploy.errors import ModelError
+from vpdeploy.models.attention.memory import ConstantMemory
+from vpdeploy.models.tokens.blocks import PromptedBlock, blocks_of
+from vpdeploy.models.tokens.cross import ConstantCross, FoldedCross
+from vpdeploy.models.tokens.prompt import fold_tokens, new_tokens, put_tokens, take_tokens, token_parameters
+from vpdeploy.recipe.tables import TokensTable
+from vpdeploy.surgery.cut import cut
+from vpdeploy.surgery.exactness import probe
+from vpdeploy.surgery.gates import Gated, mask_row
+from vpdeploy.surgery.groups import example_input, find_groups
+from vpdeploy.surgery.plan import plan
+from vpdeploy.values import ChannelMask
+
+SAME_FLOAT64 = 1e-9  # of outputs of order 1 to 10, the same sums in another order
+MATTERS = 0.1  # by how much tokens move the outputs: else a fold that drops them would pass
+KINDS = ("vpt-deep", "vpt-shallow", "cvpt", "ffn-memory")
+POSITIONS = ("before-attention", "beside-attention", "after-attention", "before-mlp", "after-mlp")
+
+
+def table(kind: str, *, count: int = 4, **values: Any) -> TokensTable:
+    return TokensTable(kind=kind, count=count, **values)  # type: ignore[arg-type]
+
+
+def prompted(network: nn.Module, asked: TokensTable, *, counts: tuple[int, ...] = ()) -> nn.Module:
+    """With tokens so large that they matter. ``counts``: of each block, where they differ."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = new_tokens(network, asked, generator=generator)
+    made = {
+        name: torch.randn(rows.shape, generator=generator, dtype=torch.float64)[: counts[i] if counts else None]
+        for i, (name, rows) in enumerate(tokens.items())
+    }
+    put_tokens(network, made, asked)
+    return network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VITS)
+@torch.no_grad()
+def test_folded_is_what_was_there(kind, name):
+    plain = replaced(VITS[name]())
+    network, x = prompted(copy.deepcopy(plain), table(kind)), images()
+    expected = network(x)
+    assert (expected - plain(x)).abs().max() > MATTERS
+    fold_tokens(network)
+    torch.testing.assert_close(network(x), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+    left = token_parameters(network)
+    assert bool(left) == (kind == "vpt-shallow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_stay_and_taking_out_gives_back_what_was(kind):
+    network, x = replaced(torchvision_vit()), images()
+    names, types = list(network.state_dict()), [type(module) for module in network.modules()]
+    expected = network(x)
+    prompted(network, table(kind))
+    added = [name for name in network.state_dict() if name not in names]
+    assert all(name.endswith("tokens") for name in added) and set(names) <= set(network.state_dict())
+    assert [
+        name for name, p in network.named_parameters() if any(p is own for own in token_parameters(network).values())
+    ] == added
+    for twin in (copy.deepcopy(network), network):
+        take_tokens(twin)
+        assert list(twin.state_dict()) == names and [type(module) for module in twin.modules()] == types
+        assert torch.equal(twin(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_tokens_learn_and_only_they(kind):
+    network = replaced(torchvision_vit()).requires_grad_(False)
+    asked = table(kind)
+    tokens = new_tokens(network, asked, generator=torch.Generator().manual_seed(0))
+    before = network(images())
+    put_tokens(network, {name: rows.double() for name, rows in tokens.items()}, asked)
+    after = network(images())
+    assert torch.equal(before, after) == (kind == "ffn-memory")  # whose values begin at 0
+    after.square().sum().backward()
+    found = token_parameters(network)
+    assert len(found) == (1 if kind == "vpt-shallow" else 3)
+    assert all(rows.grad is not None and bool(rows.grad.any()) for rows in found.values())
+    assert all(p.grad is None for p in network.parameters() if all(p is not own for own in found.values()))
+
+
+@torch.no_grad()
+def test_in_the_sequence_they_go_through_every_block():
+    """Behind the class token, as published; here they stand last."""
+    plain = torchvision_vit()
+    network = prompted(replaced(plain), table("vpt-shallow"))
+    (tokens,) = token_parameters(network).values()
+    vit: Any = plain
+    x = vit._process_input(images())
+    x = torch.cat([vit.class_token.expand(2, -1, -1), x], dim=1) + vit.encoder.pos_embedding
+    x = torch.cat([x[:, :1], tokens.expand(2, -1, -1), x[:, 1:]], dim=1)
+    for block in vit.encoder.layers:
+        x = block(x)
+    expected = vit.heads(vit.encoder.ln(x[:, 0]))
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@torch.no_grad()
+def test_the_stream_looks_at_them_by_copies_of_the_blocks_projections(position):
+    """By nn.MultiheadAttention itself: queries of the stream, keys and values of the tokens, no norm."""
+    plain = torchvision_vit()
+    network = prompted(replaced(plain), table("cvpt", position=position))
+    vit: Any = plain
+    x = vit._process_input(images())
+    x = torch.cat([vit.class_token.expand(2, -1, -1), x], dim=1) + vit.encoder.pos_embedding
+    for block, tokens in zip(vit.encoder.layers, token_parameters(network).values(), strict=True):
+        rows = tokens.expand(2, -1, -1)
+
+        def look(x: Tensor, block: Any = block, rows: Tensor = rows) -> Tensor:
+            return block.self_attention(x, rows, rows, need_weights=False)[0]
+
+        def attend(x: Tensor, block: Any = block) -> Tensor:
+            y = block.ln_1(x)
+            return block.self_attention(y, y, y, need_weights=False)[0]
+
+        if position == "before-attention":
+            x = x + look(x)
+        x = x + attend(x) + (look(x) if position == "beside-attention" else 0)
+        if position == "after-attention":
+            x = x + look(x)
+        y = block.ln_2(x) + (look(x) if position == "before-mlp" else 0)
+        x = x + block.mlp(y)
+        if position == "after-mlp":
+            x = x + look(x)
+    expected = vit.heads(vit.encoder.ln(x)[:, 0])
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@torch.no_grad()
+def test_memory_is_hidden_units_without_bias():
+    plain = torchvision_vit()
+    network = prompted(replaced(plain), table("ffn-memory"))
+    vit: Any = plain
+    x = vit._process_input(images())
+    x = torch.cat([vit.class_token.expand(2, -1, -1), x], dim=1) + vit.encoder.pos_embedding
+    for block, tokens in zip(vit.encoder.layers, token_parameters(network).values(), strict=True):
+        y = block.ln_1(x)
+        x = x + block.self_attention(y, y, y, need_weights=False)[0]
+        y = block.ln_2(x)
+        extra = sum(
+            F.gelu(y @ key).unsqueeze(-1) * value
+            for key, value in zip(tokens[:, :WIDTH], tokens[:, WIDTH:], strict=True)
+        )
+        x = x + block.mlp(y) + extra
+    expected = vit.heads(vit.encoder.ln(x)[:, 0])
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [
+        # 2 * 3 * N * 24 products for each token against 2 * 24 * 24 + 2 * N * 24: N below 12
+        ("torchvision", 11, FoldedCross),
+        ("torchvision", 12, ConstantCross),
+        ("timm", 2, FoldedCross),
+        ("timm, norms of q and k", 2, ConstantCross),  # a norm stands between projection and product
+    ],
+)
+def test_the_cheapest_form_that_is_exact_is_taken(name, count, kind):
+    network = prompted(replaced(VITS[name]()), table("cvpt", count=count))
+    fold_tokens(network)
+    assert [type(block.module.cross) for block in blocks_of(network)] == [kind] * 3
+
+
+@torch.no_grad()
+def test_units_beside_the_mlp_become_units_of_it():
+    network = prompted(replaced(torchvision_vit()), table("ffn-memory", count=6))
+    fold_tokens(network)
+    assert not any(isinstance(module, PromptedBlock) for module in network.modules())
+    layers = [block.mlp_layers for block in blocks_of(network)]
+    assert all((first.out_features, second.in_features) == (46, 46) for first, _, second in layers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_heads_and_units_go_as_they_would_without_tokens(kind):
+    """masked == removed with tokens of unlike counts in place: groups were found before any were put in."""
+    network = replaced(torchvision_vit())
+    groups = probe(network, find_groups(network, example_input(16)), example=example_input(16)).prunable
+    assert len(groups) == 6  # the heads and the hidden units of each block; not the stream, whose norms span it
+    drawn = np.random.default_rng(0)
+    keep = {group.root: tuple(bool(k) for k in drawn.permutation(group.width) >= group.width // 3) for group in groups}
+    assert any(not all(row) for row in keep.values())
+    mask = ChannelMask(keep)
+    smaller = cut(network, plan(network, groups, mask))
+    counts = () if kind == "vpt-shallow" else (2, 0, 4)
+    for one in (network, smaller):
+        prompted(one, table(kind), counts=counts)
+    masked = Gated(copy.deepcopy(network), groups)(images(), mask_row(groups, mask, dtype=torch.float64))
+    torch.testing.assert_close(smaller(images()), masked, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+    assert (masked - network(images())).abs().max() > MATTERS
+    fold_tokens(smaller)
+    torch.testing.assert_close(smaller(images()), masked, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "vpt-shallow",
+            "got 'vpt-shallow' for SwinTransformer, which has no block for it; expected a vision transformer of tor",
+        ),
+        (
+            "cvpt",
+            "got 'cvpt' for SwinTransformer, which has no block for it; expected a vision transformer of torchvision or ",
+        ),
+    ],
+)
+def test_what_a_swin_has_no_place_for_is_refused_by_name(kind, message):
+    with pytest.raises(ModelError, match=message):
+        new_tokens(replaced(swin()), table(kind), generator=torch.Generator())
+
+
+@torch.no_grad()
+def test_a_swin_takes_units_beside_its_mlp():
+    plain = replaced(swin())
+    network, x = prompted(copy.deepcopy(plain), table("ffn-memory")), images()
+    expected = network(x)
+    assert (expected - plain(x)).abs().max() > MATTERS
+    fold_tokens(network)
+    torch.testing.assert_close(network(x), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+def test_deep_tokens_fold_to_keys_and_values():
+    network = prompted(replaced(swin()), table("vpt-deep"), counts=(1, 2, 3, 4))
+    fold_tokens(network)
+    assert [block.attention.memory.key.shape[1:] for block in blocks_of(network)] == [
+        (3, 1, 8),
+        (3, 2, 8),
+        (6, 3, 8),
+        (6, 4, 8),
+    ]  # type: ignore[union-attr]
+    assert all(isinstance(block.attention.memory, ConstantMemory) for block in blocks_of(network))

@@ -1,0 +1,180 @@
+"""Where tokens can be put into a network: the blocks of a transformer, and what lies in them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vpdeploy.models.attention.multihead import MultiheadAttention
+from vpdeploy.models.attention.tokens import TokenAttention
+from vpdeploy.models.attention.window import ShiftedWindowAttention, WindowAttention
+
+Attention = MultiheadAttention | TokenAttention | WindowAttention
+Branch = Callable[[Any, Tensor], Tensor]  # a block, and what is on its way -> what is added to the stream
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A library's block, x + attention(norm(x)) and then x + mlp(norm2(x)): the names of these four in it, and of the MLP's two
+    layers and of what lies between. ``attend``: its first branch, of x; ``after``: what its second does to what the MLP gives.
+    None where it is not of that form.
+    """
+
+    library: str
+    name: str
+    norm: str
+    attention: str
+    mlp_norm: str
+    mlp: str
+    layers: tuple[str, str, str]
+    attend: Branch | None
+    after: Branch | None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether ``module`` is one, with the forward as it was written."""
+        kind = getattr(sys.modules.get(self.library), self.name, None)
+        return kind is not None and isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _attend_torchvision(block: Any, x: Tensor) -> Tensor:
+    y = block.ln_1(x)
+    return block.dropout(block.self_attention(y, y, y, need_weights=False)[0])
+
+
+KINDS = (
+    BlockKind(
+        "torchvision.models.vision_transformer",
+        "EncoderBlock",
+        *("ln_1", "self_attention", "ln_2", "mlp"),
+        ("0", "1", "3"),
+        _attend_torchvision,
+        lambda block, out: out,
+    ),
+    BlockKind(
+        "timm.models.vision_transformer",
+        "Block",
+        *("norm1", "attn", "norm2", "mlp"),
+        ("fc1", "act", "fc2"),
+        lambda block, x: block.drop_path1(block.ls1(block.attn(block.norm1(x)))),
+        lambda block, out: block.drop_path2(block.ls2(out)),
+    ),
+    BlockKind(
+        "torchvision.models.swin_transformer",
+        "SwinTransformerBlock",
+        *("norm1", "attn", "norm2", "mlp"),
+        ("0", "1", "3"),
+        lambda block, x: block.stochastic_depth(block.attn(block.norm1(x))),
+        lambda block, out: block.stochastic_depth(out),
+    ),
+    BlockKind(
+        "timm.models.swin_transformer",
+        "SwinTransformerBlock",
+        *("norm1", "attn", "norm2", "mlp"),
+        ("fc1", "act", "fc2"),
+        None,
+        None,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a network, by name. ``module`` is a ``PromptedBlock`` where something stands beside it."""
+
+    name: str
+    kind: BlockKind
+    module: Any
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.module.get_submodule(self.kind.norm)
+
+    @property
+    def attention(self) -> Attention:
+        return _plain(self.module.get_submodule(self.kind.attention))
+
+    @property
+    def mlp_layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+        first, between, second = (self.module.get_submodule(f"{self.kind.mlp}.{name}") for name in self.kind.layers)
+        return first, between, second
+
+    @property
+    def width(self) -> int:
+        """Of a token."""
+        k = self.attention.k
+        assert isinstance(k, nn.Linear)
+        return k.in_features
+
+
+class PromptedBlock(nn.Module):
+    """A block that something learned stands beside; its children keep their names.
+
+    ``cross``, (x, attention) -> [n, L, c], is added to the stream at ``position``; ``memory``, (y, what lies between the MLP's
+    layers) -> [n, L, c], to what the MLP makes of y.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        kind: BlockKind,
+        *,
+        cross: nn.Module | None = None,
+        position: str = "after-attention",
+        memory: nn.Module | None = None,
+    ):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.kind = kind
+        self.cross, self.position, self.memory = cross, position, memory
+        self._block = (block,)  # in a tuple: its children are this one's
+        self.train(block.training)
+
+    @property
+    def block(self) -> nn.Module:
+        """As it was."""
+        return self._block[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, L, c] -> [n, L, c]."""
+        assert self.kind.attend is not None and self.kind.after is not None
+        if self.position == "before-attention":
+            x = x + self._crossed(x)
+        if self.position == "beside-attention":
+            x = x + self.kind.attend(self, x) + self._crossed(x)
+        else:
+            x = x + self.kind.attend(self, x)
+        if self.position == "after-attention":
+            x = x + self._crossed(x)
+        y = self.get_submodule(self.kind.mlp_norm)(x)
+        if self.position == "before-mlp":
+            y = y + self._crossed(x)
+        out = self.get_submodule(self.kind.mlp)(y)
+        if self.memory is not None:
+            out = out + self.memory(y, Block("", self.kind, self).mlp_layers[1])
+        x = x + self.kind.after(self, out)
+        return x + self._crossed(x) if self.position == "after-mlp" else x
+
+    def _crossed(self, x: Tensor) -> Tensor | float:
+        return 0.0 if self.cross is None else self.cross(x, Block("", self.kind, self).attention)
+
+
+def blocks_of(network: nn.Module) -> Iterator[Block]:
+    """The blocks of ``network``, in the order of its modules, whose attention can read further keys and values: that which was
+    replaced by an equal (``models.attention``) in blocks that are as their library wrote them.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, PromptedBlock):
+            yield Block(name, module.kind, module)
+            continue
+        kind = next((kind for kind in KINDS if kind.is_of(module)), None)
+        if kind is not None and isinstance(_plain(module.get_submodule(kind.attention)), Attention):
+            yield Block(name, kind, module)
+
+
+def _plain(attention: Any) -> Any:
+    return attention.attention if isinstance(attention, ShiftedWindowAttention) else attention

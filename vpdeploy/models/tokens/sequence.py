@@ -1,0 +1,35 @@
+"""Tokens in the sequence from the first block to the last (VPT-shallow, arXiv:2203.12119)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WithTokens(nn.Module):
+    """Blocks, one after the other, and learned tokens [N, c] that go through them behind those of the image.
+
+    What comes of them is dropped. The blocks keep their names.
+    """
+
+    def __init__(self, blocks: nn.Sequential, tokens: Tensor, *, dropout: float = 0.0):
+        super().__init__()
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
+        self.tokens = nn.Parameter(tokens)
+        self.rate = dropout
+        self._blocks = (blocks,)  # in a tuple: its children are this one's
+        self.train(blocks.training)
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """As they were."""
+        return self._blocks[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, L, c] -> [n, L, c]."""
+        rows = nn.functional.dropout(self.tokens, self.rate, self.training)
+        x = torch.cat([x, rows.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        for block in self.children():
+            x = block(x)
+        return x[:, : -len(self.tokens)]
