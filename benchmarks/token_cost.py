@@ -1,0 +1,139 @@
+"""What deep prompt tokens cost ViT-B/16: none, in the sequence as published, and folded to keys and values.
+
+    uv run python benchmarks/token_cost.py [--tokens 10,50,100,200] [--threads 2] [--seconds 20]
+
+Weights and tokens are random (the classifier is not zero, and the tokens are large enough to matter): time and products do not
+depend on them. Files are timed by ONNX Runtime on the CPU, all of them in the same rounds, and their logits compared. Products are
+counted, and held against the formulas: with B blocks of width d, L tokens of image and class, and N of the prompt in each block,
+the sequence costs B (12 N d^2 + (4 L N + 2 N^2) d) more, and constant keys and values B 2 L N d.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from side_by_side import print_machine
+from torch import Tensor, nn
+from torchvision.models import vit_b_16
+
+from vpdeploy.benching import bench_files
+from vpdeploy.deploy.bake import Deployable
+from vpdeploy.deploy.onnx_file import to_onnx
+from vpdeploy.deploy.session import describe_input
+from vpdeploy.measure.engines import Setting, Subject, open_session
+from vpdeploy.measure.macs import count_macs
+from vpdeploy.models.attention.replace import replace_attention
+from vpdeploy.models.tokens.blocks import blocks_of
+from vpdeploy.models.tokens.prompt import fold_tokens, new_tokens, put_tokens
+from vpdeploy.prompts.canvas import Canvas
+from vpdeploy.recipe.tables import BenchTable, TokensTable
+
+SIDE, BLOCKS, WIDTH, LENGTH = 224, 12, 768, 197
+LARGER = 5.0  # than VPT draws them
+
+
+class InSequence(nn.Module):
+    """A block as VPT publishes it: its prompts stand behind the class token, and what comes of them is dropped."""
+
+    def __init__(self, block: nn.Module, tokens: Tensor):
+        super().__init__()
+        self.block, self.tokens = block, nn.Parameter(tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompts = self.tokens.unsqueeze(0).expand(x.shape[0], -1, -1)
+        out = self.block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+        return torch.cat([out[:, :1], out[:, 1 + self.tokens.shape[0] :]], dim=1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    plain = vit_b_16(weights=None).eval()
+    nn.init.normal_(plain.get_submodule("heads.head").get_parameter("weight"), std=WIDTH**-0.5)
+    return replace_attention(plain, torch.zeros(1, 3, SIDE, SIDE)).network
+
+
+def variants(count: int) -> dict[str, nn.Module]:
+    """Equal networks: the prompts in the sequence, and folded."""
+    table = TokensTable(kind="vpt-deep", count=count)
+    naive, folded = network(), network()
+    drawn = new_tokens(folded, table, generator=torch.Generator().manual_seed(1))
+    tokens = {name: LARGER * rows for name, rows in drawn.items()}
+    put_tokens(folded, tokens, table)
+    fold_tokens(folded)
+    for block in list(blocks_of(naive)):
+        holder, _, last = block.name.rpartition(".")
+        naive.get_submodule(holder).add_module(last, InSequence(block.module, tokens[block.name]))
+    return {f"in the sequence, N = {count}": naive, f"folded, N = {count}": folded}
+
+
+def expected_macs(name: str, dense: int) -> int:
+    """As the formulas have it; ``dense``: without a prompt."""
+    if "N = " not in name:
+        return dense
+    n = int(name.rpartition(" ")[2])
+    if name.startswith("folded"):
+        return dense + BLOCKS * 2 * LENGTH * n * WIDTH
+    return dense + BLOCKS * (12 * n * WIDTH**2 + (4 * LENGTH * n + 2 * n**2) * WIDTH)
+
+
+def write(backbone: nn.Module, path: Path) -> None:
+    canvas = Canvas(SIDE, SIDE, mean=(0.5,) * 3, std=(0.5,) * 3, prompt=None)
+    deployable = Deployable(backbone, canvas, form="float", image_size=SIDE, resize_how="stretch").eval()
+    classes = [str(k) for k in range(1000)]
+    about = describe_input(
+        form="float", classes=classes, image_size=SIDE, canvas_size=SIDE, resize="stretch", mean=(0.5,) * 3, std=(0.5,) * 3,
+        version=version("vpdeploy"),
+    )  # fmt: skip
+    to_onnx(deployable.requires_grad_(False), path, opset=18, metadata=about)
+
+
+def compared(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
+    """The logits of two random images, by ONNX Runtime."""
+    images = np.random.default_rng(0).random((2, 3, SIDE, SIDE), np.float32)
+    return {name: open_session(Subject(path), Setting(threads=2))(images) for name, path in files.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=[10, 50, 100, 200])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    args = parser.parse_args()
+    print_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        files, macs = {}, {}
+        for count in (0, *args.tokens):
+            for name, made in (variants(count) if count else {"no prompt": network()}).items():
+                files[name] = Path(folder) / f"{len(files)}.onnx"
+                macs[name] = count_macs(made, canvas_size=SIDE).macs
+                write(made, files[name])
+        logits = compared(files)
+        table = BenchTable(batches=(1,), threads=(args.threads,), seconds=args.seconds)
+        found = bench_files(list(files.values()), table=table, image_size=None).files
+    dense, plain = macs["no prompt"], logits["no prompt"]
+    print(
+        "\n| file | GMACs | formula | MiB | p50, ms | times no prompt (95 %) | logits from no prompt | from the other form |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, path in files.items():
+        figures, other = found[str(path)], name.replace("folded", "in the sequence")
+        times = ", ".join(
+            f"{1 / f.factor:.3f} ({1 / f.interval[1]:.3f} to {1 / f.interval[0]:.3f})" for f in figures.factors
+        )
+        scale = np.abs(plain).max()
+        off = macs[name] / expected_macs(name, dense) - 1
+        print(
+            f"| {name} | {macs[name] / 1e9:.2f} | {off:+.2%} | {figures.file_bytes / 2**20:.1f} | "
+            f"{figures.latency[0].p50_ms:.0f} | {times or '–'} | {np.abs(logits[name] - plain).max() / scale:.2f} | "
+            f"{np.abs(logits[name] - logits[other]).max() / scale:.1e} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
