@@ -3,9 +3,10 @@
     uv run python benchmarks/token_cost.py [--tokens 10,50,100,200] [--threads 2] [--seconds 20]
 
 Weights and tokens are random (the classifier is not zero, and the tokens are large enough to matter): time and products do not
-depend on them. Files are timed by ONNX Runtime on the CPU, all of them in the same rounds, and their logits compared. Products are
-counted, and held against the formulas: with B blocks of width d, L tokens of image and class, and N of the prompt in each block,
-the sequence costs B (12 N d^2 + (4 L N + 2 N^2) d) more, and constant keys and values B 2 L N d.
+depend on them. Files are timed by ONNX Runtime on the CPU, all of them in the same rounds, and their logits compared.
+
+Products are counted, and held against the formulas: with B blocks of width d, L tokens of image and class, and N of the prompt
+in each block, the sequence costs B (12 N d^2 + (4 L N + 2 N^2) d) more, and constant keys and values B 2 L N d.
 """
 
 from __future__ import annotations
