@@ -48,7 +48,7 @@ def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
     """One run, to its end from wherever it stopped. ``test``: open the test split too."""
     recipe, folder = recipe_of(grid_file, cell), folder_of(cell, out)
     if not folder.exists():
-        partial = folder.with_suffix(".part")
+        partial = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(dense_folder(recipe, out), partial, ignore=shutil.ignore_patterns("*.lock", "state"))
         partial.rename(folder)
@@ -156,7 +156,8 @@ def _with_norms(of: Tuned, work: Workbench) -> Tuned:
             module.momentum = None  # the mean of all batches
     network.train()
     with torch.no_grad():
-        for pixels, _ in batches(images, torch.arange(min(2000, len(images))), 250):
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:2000]
+        for pixels, _ in batches(images, drawn, 250):
             network(to_pixels(pixels, network.compute.device))
     return of
 

@@ -91,7 +91,9 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     chosen = options.parse_args()
-    recipe = load_recipe(chosen.recipe, [*chosen.set, f"data.limit_train={chosen.images}", "tune.epochs=1"])
+    recipe = load_recipe(
+        chosen.recipe, [*chosen.set, f"data.limit_train={chosen.images}", "tune.epochs=1", "tune.distill=0"]
+    )
     source = open_source(recipe.data, seed=recipe.seed)
     built = build(recipe.model, classes=len(source.classes), seed=recipe.seed, with_weights=True)
     train = prepare(source.train, recipe.input, max_bad="fail", workers=1, display=QUIET, label="training images")

@@ -251,7 +251,8 @@ def searched(
         place = searching(work)
         start = dense if place is work else _fitted(work, Stage("fit", FIT_ELSEWHERE), place)
         with work.doing(stage):
-            prompted = arm == "pruned" and work.recipe.prompt.learned_in("search")
+            learns = work.recipe.prompt.learned_in("search") and work.recipe.search.method != "hydra"
+            prompted = arm == "pruned" and learns
             task = SearchTask(start, groups.prunable, selector, prompted)
             found = _found_before(work, arm, task) or search(
                 task,
@@ -289,8 +290,20 @@ def _found_before(work: Workbench, arm: str, task: SearchTask) -> Found | None:
         raise RunFolderError(
             f"search.found: {path} is of another network; expected scores of {', '.join(list(fits)[:3])}, ..."
         )
-    if task.prompted and not found.prompt:
-        raise RunFolderError(f"search.found: {path} holds no prompt; expected one, or no kind of prompt")
+    table, (pixels, tokens) = work.recipe.prompt, split_prompt(found.prompt)
+    for kind, holds, part in (("pixels", bool(pixels), table.pixels), ("tokens", bool(tokens), table.tokens)):
+        learns = task.prompted and part.learned_in("search")
+        if holds != learns:
+            raise RunFolderError(
+                f"search.found: {path} holds {'' if holds else 'no '}{kind}; expected "
+                + (
+                    f"some, as the recipe has prompt.{kind}"
+                    if learns
+                    else f"none, as the recipe learns no {kind} in the search"
+                )
+            )
+    if tokens:
+        put_tokens(copy.deepcopy(task.dense.backbone), tokens, table.tokens)  # raises where they are of another kind
     return found
 
 

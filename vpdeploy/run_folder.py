@@ -205,14 +205,16 @@ class Journal:
             ) from e
         return state if state.get("key") == self.key else None
 
-    def part(self, number: int) -> Journal:
-        """That of one of several parts of the stage, one after the other; the first is the stage's own."""
-        if number == 0:
-            return self
+    def part(self, number: int, *, under: bytes = b"") -> Journal:
+        """That of one of several parts of the stage, one after the other; the first is the stage's own. ``under``: what it goes
+        on from; a state that was left under something else is not taken up.
+        """
+        suffix = f".{number}" if number else ""
+        of = f" {hashlib.sha256(under).hexdigest()}" if under else ""
         return replace(
             self,
-            key=f"{self.key} {number}",
-            state_file=self.state_file.with_suffix(f".{number}{self.state_file.suffix}"),
+            key=f"{self.key}{f' {number}' if number else ''}{of}",
+            state_file=self.state_file.with_suffix(f"{suffix}{self.state_file.suffix}"),
         )
 
     def save(self, state: Mapping[str, Any], record: EpochRecord) -> None:

@@ -190,6 +190,9 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
     values: dict[str, object] = {"model.head": built.head}
     if recipe.fit.what == "auto":
         values["fit.what"] = "all" if recipe.model.weights is None else "head" if built.head == "replace" else "none"
+    if recipe.tune.distill == "auto":
+        learned = values.get("fit.what", recipe.fit.what) != "head" and built.head not in ("flm", "ilm")
+        values["tune.distill"] = 0.9 if learned else 0.0
     if recipe.compute.workers == "auto":
         values["compute.workers"] = (
             len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1

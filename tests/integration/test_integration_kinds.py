@@ -138,7 +138,7 @@ def test_a_square_that_moves_ships_at_its_one_place(folder, tmp_path):
         prompt={"pixels": {"kind": "random", "size": 4}},
         budget={"macs_ratio": None, "params_ratio": 0.4},
         model={"weights": "tiny.pt", "head": "ilm"},
-        search={"epochs": 2},
+        search={"method": "vpns", "epochs": 2},
     )
     state = prompt_of(tmp_path, "pruned")
     top, left = state["place"].tolist()

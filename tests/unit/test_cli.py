@@ -80,7 +80,7 @@ def test_redo_names_the_stages(capsys, tmp_path):
     assert "Usage:" in done.err
     said = " ".join(done.err.replace("│", " ").split())
     assert (
-        "Invalid value for '--redo': got 'tuning'; expected one of groups, price, fit, search, cut, tune, export, bench"
+        "Invalid value for '--redo': got 'tuning'; expected one of groups, price, fit, search, condense, cut, tune, export, bench"
         in said
     )
     assert not (tmp_path / "run").exists()

@@ -219,7 +219,19 @@ def test_files_of_arms_never_collide(tmp_path):
 
 
 def test_every_stage_has_a_place_in_the_order():
-    assert {stage.kind for stage in stages_of(recipe())} == set(ORDER)
+    assert {stage.kind for stage in stages_of(recipe())} | {"condense"} == set(ORDER)
+
+
+def test_condensing_otherwise_tunes_again_and_searches_not():
+    tokens = {"prompt__tokens__kind": "vpt-deep"}
+    ledger = Ledger(Path("stages.json"), {})
+    keys = [
+        {stage.name: ledger.key(stage, recipe(**tokens, condense__keep=keep)) for stage in stages}
+        for keep in (0.3, 0.5)
+        for stages in [(*stages_of(recipe(**tokens)), Stage("condense", "pruned"))]
+    ]
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert changed == {"condense:pruned", "cut:pruned", "tune:pruned", "export", "bench"}
 
 
 def test_the_recipe_of_a_run(tmp_path):

@@ -191,8 +191,8 @@ class Candidates:
 
 
 def is_prompted(recipe: Recipe, arm: str = "pruned") -> bool:
-    """Whether the file of a pruned arm ships with a prompt."""
-    return arm == "pruned" and recipe.prompt.learned_in("tune")
+    """Whether the file of a pruned arm ships with pixels."""
+    return arm == "pruned" and recipe.prompt.pixels.learned_in("tune")
 
 
 def _arrays(network: nn.Module) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from vpdeploy.recipe.tables import (
     table_in,
 )
 
+TRAIN_WEIGHTS = ("slim", "group_sl", "bip", "omp", "lth", "iterative")
 # What follows from several keys: those keys, dotted, and what is to be told.
 Problem = tuple[tuple[str, ...], str]
 BENCH_BYTES = 4 * 2**30  # of one input: on top come the network's own tensors, for each arm
@@ -186,6 +187,7 @@ def cross_field(recipe: Recipe, raw: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _search_problems(recipe)
     if len(given) == 1:
         yield from _granularity_problems(recipe)
+        yield from _token_problems(recipe)
     yield from _bench_problem(recipe)
 
 
@@ -273,6 +275,12 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.warmup: got {table.warmup} with search.epochs = {table.epochs}; expected "
             + ("fewer: scores learn in the rest" if table.method == "vpns" else "at most as many"),
         )
+    if recipe.model.head == "ilm" and table.method in TRAIN_WEIGHTS:
+        yield (
+            ("model.head", "search.method"),
+            f"model.head: got 'ilm' for search.method = {table.method!r}, which maps the classes once; expected 'flm', or a "
+            "method that leaves weights alone",
+        )
     if table.method == "lth" and table.turns > table.epochs:
         yield (
             ("search.rounds", "search.epochs"),
@@ -284,6 +292,53 @@ def _search_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.rounds: got {table.rounds} for search.method = 'iterative' with search.epochs = {table.epochs}; expected "
             f"2 to {table.epochs + 1}: weights train between rounds, for one epoch or more",
         )
+
+
+def _token_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Tokens where they have no place, and what is given for tokens that are not there."""
+    tokens, condense, search = recipe.prompt.tokens, recipe.condense, recipe.search
+    kind = ("prompt.tokens.kind", "prompt.tokens.stages")
+    if condense.keep < 1 and not (
+        tokens.learned_in("search") and tokens.learned_in("tune") and search.method != "hydra"
+    ):
+        yield (
+            ("condense.keep", "search.method", *kind),
+            f"condense.keep: got {condense.keep:g} without tokens that the search learns and tuning goes on with; expected 1, or "
+            "prompt.tokens with stages = 'both' and a method that learns a prompt",
+        )
+    if tokens.kind == "none":
+        return
+    if tokens.kind != "cvpt" and tokens.position != "after-attention":
+        yield (
+            (*kind, "prompt.tokens.position"),
+            f"prompt.tokens.position: got {tokens.position!r} for kind {tokens.kind!r}, which does not read it; leave it out",
+        )
+    if search.unprompted_step and tokens.learned_in("search"):
+        yield (
+            ("search.unprompted_step", *kind),
+            "search.unprompted_step: got true with tokens; expected false: they cannot be left out of a step",
+        )
+    if recipe.budget.allow_approximate:
+        yield (
+            ("budget.allow_approximate", *kind),
+            "budget.allow_approximate: got true with tokens; expected false: tokens have the full width of what such groups cut",
+        )
+    if search.granularity != "channel" and tokens.kind == "ffn-memory":
+        yield (
+            ("search.granularity", *kind),
+            f"search.granularity: got {search.granularity!r} with tokens of kind 'ffn-memory'; expected 'channel': in the file "
+            "they are weights of the layers that are masked",
+        )
+    measured = [
+        name for name in ("latency_ratio", "latency_ms", "memory_mib", "file_mib") if getattr(recipe.budget, name)
+    ]
+    for name in (*measured, *(f"limits.{name}" for name in recipe.budget.limits.given)):
+        if tokens.learned_in("tune"):
+            yield (
+                (f"budget.{name}", *kind),
+                f"budget.{name}: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels "
+                "with tokens that ship",
+            )
 
 
 def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:

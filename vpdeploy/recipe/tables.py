@@ -411,7 +411,7 @@ class BudgetTable(Table):
     )
     speed: bool = Field(
         default=False,
-        description='beside a budget that is no time: of equally important channels those go first that take most milliseconds on [target] for each unit that the budget counts; needs search.score_init = "taylor"',
+        description='beside a budget that is no time: of equally important channels those go first that take most milliseconds on [target] for each unit that the budget counts; needs importance for its cost: search.per_cost, or of vpns and hydra search.score_init = "taylor"',
     )
     allow_approximate: bool = Field(
         default=False,
@@ -468,9 +468,9 @@ class TuneTable(Table):
     prompt_lr: Positive = Field(default=0.02, description="cosine decay; in [0, 1] pixel units")
     weight_decay: NonNegative = Field(default=5e-4, description="not on prompt, norms and biases")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross entropy")
-    distill: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.9,
-        description="share of the loss that compares with the dense network's outputs, before it was pruned; the rest compares with the labels",
+    distill: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        default="auto",
+        description="share of the loss that compares with the dense network's outputs, before it was pruned; the rest compares with the labels; auto: 0.9, but 0 after a replaced or mapped head, where the dense network has hardly learned the task",
     )
     temperature: Positive = Field(
         default=2.0, description="that both networks' outputs are divided by where they are compared"

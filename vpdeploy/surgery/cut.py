@@ -45,8 +45,10 @@ def cut(backbone: nn.Module, plan: PrunePlan) -> nn.Module:
 @torch.no_grad()
 def put_back(backbone: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
     """Give the saved tensors of ``backbone`` the values of ``smaller``, which ``cut`` made of it by ``plan``: what went stays."""
-    whole = backbone.state_dict()
-    for name, tensor in smaller.state_dict().items():
+    whole, saved = tensors(backbone), backbone.state_dict()
+    for name, tensor in tensors(smaller).items():
+        if name not in saved:
+            continue  # what a cut computes anew
         axes = plan.kept.get(name, {})
         places = [torch.tensor(axes.get(axis, range(size))) for axis, size in enumerate(whole[name].shape)]
         device = whole[name].device

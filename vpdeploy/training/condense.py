@@ -35,7 +35,7 @@ def condense(task: SearchTask, found: Found, data: TrainingData, *, recipe: Reci
     else:
         scores = random_scores(tokens, generator=stream(recipe.seed, "condense", 0, "scores"))
     stays = kept_tokens(scores, keep=table.keep, scope=table.scope)
-    left = {PREFIX + name: rows[stays[name]].clone() for name, rows in tokens.items()}
+    left = {PREFIX + name: rows[stays[name]].clone() for name, rows in tokens.items() if name in stays}
     return replace(found, prompt={**pixels, **left})
 
 

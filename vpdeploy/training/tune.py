@@ -47,6 +47,7 @@ def tune(
     Raises: VpdeployError when the loss is not finite.
     """
     table = recipe.tune
+    assert table.distill != "auto", "a run settles it"
     backbone = copy.deepcopy(backbone).requires_grad_(True)
     if table.what == "head":
         freeze_all_but(backbone, backbone.get_submodule(classifier))
@@ -65,18 +66,18 @@ def tune(
         augment=recipe.data.augment,
     )
     zeros = partial(set_to_zero, network.backbone, mask) if mask else None
-    teacher = _teacher(dense, data, recipe, compute) if table.distill > 0 else None
+    teacher = _teacher(dense, data, recipe, compute, share=table.distill) if table.distill else None
     train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher, after_step=zeros)
     state = prompt_state(network)
     take_tokens(network.backbone)
     return Tuned(at_rest(network.backbone), state, None if label_map is None else tuple(label_map))
 
 
-def _teacher(dense: Dense, data: TrainingData, recipe: Recipe, compute: Compute) -> Teacher:
+def _teacher(dense: Dense, data: TrainingData, recipe: Recipe, compute: Compute, *, share: float) -> Teacher:
     table, backbone = recipe.tune, copy.deepcopy(dense.backbone).requires_grad_(False)
     network = Prompted(build_canvas(recipe, prompted=False), backbone, compute, label_map=dense.label_map).eval()
     if table.teacher == "once":
         outputs = asked_once(network, data.train, mirrored="flip" in recipe.data.augment)
     else:
         outputs = asked_every_step(network)
-    return Teacher(outputs, table.distill, table.temperature)
+    return Teacher(outputs, share, table.temperature)

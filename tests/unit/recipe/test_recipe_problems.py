@@ -157,6 +157,47 @@ ONE_PROBLEM = [
         for rounds in (1, 4)
     ),
     (
+        {"model": {"head": "ilm", "weights": "resnet18.pth"}},
+        "model.head: got 'ilm' for search.method = 'iterative', which maps the classes once; expected 'flm', or a meth",
+    ),
+    # tokens
+    (
+        {"condense": {"keep": 0.3}},
+        "condense.keep: got 0.3 without tokens that the search learns and tuning goes on with; expected 1, or prompt.tokens with",
+    ),
+    (
+        {"condense": {"keep": 0.3}, "prompt": {"tokens": {"kind": "vpt-deep", "stages": "tune"}}},
+        "condense.keep: got 0.3 without tokens that the search learns and tuning goes on with; expected 1, or prompt.tokens with",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep", "position": "after-mlp"}}},
+        "prompt.tokens.position: got 'after-mlp' for kind 'vpt-deep', which does not read it; leave it out",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep"}}, "search": {"method": "vpns", "unprompted_step": True}},
+        "search.unprompted_step: got true with tokens; expected false: they cannot be left out of a step",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "cvpt"}}, "budget": {"allow_approximate": True}},
+        "budget.allow_approximate: got true with tokens; expected false: tokens have the full width of what such groups cut",
+    ),
+    (
+        {
+            "prompt": {"tokens": {"kind": "ffn-memory"}},
+            "search": {"granularity": "2:4"},
+            "budget": {"macs_ratio": None, "weight_ratio": 0.5},
+        },
+        "search.granularity: got '2:4' with tokens of kind 'ffn-memory'; expected 'channel': in the file they are weights of",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep"}}, "budget": {"macs_ratio": None, "file_mib": 3.0}},
+        "budget.file_mib: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels with",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep"}}, "budget": {"limits": {"latency_ms": 3.0}}},
+        "budget.limits.latency_ms: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels",
+    ),
+    (
         {"budget": {"speed": True}, "search": {"method": "taylor"}},
         "budget.speed: got true with search.per_cost = false, which weighs nothing against time; expected true there",
     ),

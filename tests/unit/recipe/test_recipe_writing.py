@@ -69,6 +69,7 @@ def other(key: str, value: object) -> object:
         "search.score_init": "random",
         "tune.optimizer": "adamw",
         "tune.what": "head",
+        "tune.distill": 0.5,
         "tune.teacher": "every-step",
         "compute.precision": "fp32",
         "compute.channels_last": "no",

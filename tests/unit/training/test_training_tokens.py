@@ -28,6 +28,7 @@ from vpdeploy.training.condense import condense
 from vpdeploy.training.methods.registry import search
 from vpdeploy.training.methods.task import SearchTask, with_tensors
 from vpdeploy.training.network import Prompted, add_prompt, build_canvas
+from vpdeploy.training.streams import stream
 from vpdeploy.training.tune import tune
 from vpdeploy.values import Dense, Found, Tuned
 
@@ -94,7 +95,7 @@ def test_tokens_learn_in_a_search_and_are_no_weights(tmp_path, method):
     assert not pixels and {name: rows.shape for name, rows in tokens.items()} == {
         block.name: (COUNT, WIDTH) for block in blocks_of(network)
     }
-    start = new_tokens(network, recipe.prompt.tokens, generator=torch.Generator().manual_seed(0))
+    start = new_tokens(network, recipe.prompt.tokens, generator=stream(recipe.seed, "prompt", 0, "tokens"))
     assert all(rows.isfinite().all() and not torch.equal(rows, start[name]) for name, rows in tokens.items())
     assert not any("memory" in name for name in found.tensors)
     assert (found.tensors == {}) == (method in ("vpns", "taylor", "omp"))

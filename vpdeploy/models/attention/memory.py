@@ -42,13 +42,10 @@ class PromptTokens(nn.Module):
 class ConstantMemory(nn.Module):
     """Keys and values as they are: [1, heads, N, d] each."""
 
-    key: Tensor
-    value: Tensor
-
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
-        self.register_buffer("key", key)
-        self.register_buffer("value", value)
+        self.key = nn.Parameter(key, requires_grad=False)  # a parameter, as it was, and counts as one
+        self.value = nn.Parameter(value, requires_grad=False)
 
     def forward(self, attention: Attention) -> tuple[Tensor, Tensor]:
         return self.key, self.value
@@ -59,7 +56,7 @@ def recall(memory: nn.Module | None, attention: Attention, k: Tensor, v: Tensor)
     if memory is None:
         return k, v
     more = (
-        rows.to(own.dtype).expand(len(own), -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True)
+        rows.to(own.dtype).expand(own.shape[0], -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True)
     )
     k, v = (torch.cat(both, dim=2) for both in zip((k, v), more, strict=True))
     return k, v

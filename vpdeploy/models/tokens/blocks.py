@@ -103,6 +103,17 @@ class Block:
         return first, between, second
 
     @property
+    def has_plain_mlp(self) -> bool:
+        """Whether its MLP is two linear layers with an activation between, and nothing else."""
+        mlp = self.module.get_submodule(self.kind.mlp)
+        names = {name for name, child in mlp.named_children() if not isinstance(child, nn.Dropout | nn.Identity)}
+        if names != set(self.kind.layers):
+            return False
+        first, _, second = self.mlp_layers
+        linear = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return linear and first.out_features == second.in_features
+
+    @property
     def width(self) -> int:
         """Of a token."""
         k = self.attention.k

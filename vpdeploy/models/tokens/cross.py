@@ -30,13 +30,10 @@ class CrossTokens(nn.Module):
 class ConstantCross(nn.Module):
     """``CrossTokens`` with its keys and values as they are: [1, heads, N, d] each."""
 
-    key: Tensor
-    value: Tensor
-
     def __init__(self, key: Tensor, value: Tensor):
         super().__init__()
-        self.register_buffer("key", key)
-        self.register_buffer("value", value)
+        self.key = nn.Parameter(key, requires_grad=False)
+        self.value = nn.Parameter(value, requires_grad=False)
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         return _attend(x, attention, self.key, self.value)
@@ -56,7 +53,7 @@ class FoldedCross(nn.Module):
 
 def _attend(x: Tensor, attention: Attention, k: Tensor, v: Tensor) -> Tensor:
     q = attention.queries(x)
-    k, v = (rows.to(q.dtype).expand(len(q), -1, -1, -1) for rows in (k, v))
+    k, v = (rows.to(q.dtype).expand(q.shape[0], -1, -1, -1) for rows in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
     return attention.proj(join_heads(out))
 

@@ -33,6 +33,8 @@ def token_blocks(network: nn.Module, kind: str) -> dict[str, Block]:
     blocks = list(blocks_of(network))
     if kind in ("cvpt", "ffn-memory"):
         blocks = [block for block in blocks if block.kind.attend is not None]
+    if kind == "ffn-memory":
+        blocks = [block for block in blocks if block.has_plain_mlp]
     if kind == "cvpt":
         blocks = [block for block in blocks if "swin" not in block.kind.library]
     if kind == "vpt-shallow":
@@ -57,11 +59,12 @@ WHERE = {
 def new_tokens(network: nn.Module, table: TokensTable, *, generator: torch.Generator) -> dict[str, Tensor]:
     """``table.count`` tokens for each block, as their authors' code draws them: name of the block -> [N, c].
 
-    VPT: even over (-v, v) with v = sqrt(6 / (3 p^2 + c)), p the side of a patch. CVPT: v = sqrt(6 / ((N + blocks) c)). Memory:
+    VPT: even over (-v, v) with v = sqrt(6 / (3 p^2 + c)), p the side of a patch (16 where it cannot be
+    told). CVPT: v = sqrt(6 / ((N + blocks) c)). Memory:
     keys from N(0, 0.02), values 0, so that the first step sees the network as it is.
     """
     blocks, count = token_blocks(network, table.kind), table.count
-    patch = next(module.kernel_size[0] for module in network.modules() if isinstance(module, nn.Conv2d))
+    patch = next((module.kernel_size[0] for module in network.modules() if isinstance(module, nn.Conv2d)), 16)
 
     def drawn(width: int) -> Tensor:
         if table.kind == "ffn-memory":
@@ -79,8 +82,10 @@ def put_tokens(network: nn.Module, tokens: Mapping[str, Tensor], table: TokensTa
     Raises: ModelError for a block that is not there, or of another width.
     """
     take_tokens(network)
-    if not tokens:
+    if not any(len(rows) for rows in tokens.values()):
         return
+    if table.kind == "none":
+        raise ModelError("prompt.tokens.kind: got tokens for 'none'; expected the kind that they are of")
     blocks = token_blocks(network, table.kind)
     for name, rows in tokens.items():
         if name not in blocks:
@@ -106,6 +111,7 @@ def _put(network: nn.Module, block: Block, rows: Tensor, table: TokensTable) -> 
         cross = CrossTokens(rows, dropout=dropout)
         _exchange(network, block.name, PromptedBlock(block.module, block.kind, cross=cross, position=table.position))
     else:
+        assert table.kind == "ffn-memory", f"no tokens of kind {table.kind!r}"
         memory = FeedMemory(rows, dropout=dropout)
         _exchange(network, block.name, PromptedBlock(block.module, block.kind, memory=memory))
 

@@ -42,8 +42,10 @@ def bilevel(
     network = masked_network(task, recipe, compute, trains=True)
     backbone = inner(network)
     scores = as_row(importance("magnitude", network, task, data.train, recipe=recipe), task).to(compute.device)
-    lower = torch.optim.SGD(backbone.parameters(), lr=table.weight_lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
-    upper = torch.optim.Adam([{"params": [scores]}, {"params": prompt_parameters(network)}], lr=table.score_lr)
+    prompt = prompt_parameters(network)
+    weights = [p for p in backbone.parameters() if all(p is not own for own in prompt)]
+    lower = torch.optim.SGD(weights, lr=table.weight_lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    upper = torch.optim.Adam([{"params": [scores]}, {"params": prompt}], lr=table.score_lr)
     learner = _Learner(network, scores, lower, upper, readers_of(task, network), task.selector, recipe)
     course = Course(
         streams="search",

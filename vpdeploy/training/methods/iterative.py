@@ -38,20 +38,20 @@ def iterative(
     def network_of(part: nn.Module) -> Prompted:
         return Prompted(canvas, part, compute, label_map=task.dense.label_map)
 
-    def train(part: nn.Module, pause: int, *gates: Tensor) -> None:
+    def train(part: nn.Module, pause: int, mask: Tensor, *gates: Tensor) -> None:
         schedule = schedule_of(recipe, weight_decay=WEIGHT_DECAY, part=pause, parts=table.turns - 1, decays=False)
-        train_weights(
-            network_of(part), data, schedule=schedule, journal=journal.part(pause), display=display, gates=gates
-        )
+        # Scores are taken again when a run goes on, elsewhere perhaps: what trained under another mask is of other channels.
+        own = journal.part(pause, under=mask.bool().cpu().numpy().tobytes())
+        train_weights(network_of(part), data, schedule=schedule, journal=own, display=display, gates=gates)
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
         gates = gates.to(compute.device)
         if turn > 0 and isinstance(task.selector, WeightSelector):
-            train(task.masked(backbone), turn - 1, gates)
+            train(task.masked(backbone), turn - 1, gates, gates)
         elif turn > 0:
             cuts = plan(backbone, task.groups, mask_of(task.groups, gates))
             smaller = cut(backbone, cuts)
-            train(smaller, turn - 1)
+            train(smaller, turn - 1, gates)
             put_back(backbone, smaller, cuts)
         network = network_of(task.masked(copy.deepcopy(backbone)))
         scores = importance("taylor", network, task, data.train, recipe=recipe, gates=gates, turn=turn)
