@@ -19,7 +19,7 @@ class Row:
 
     ``recipe``: a hash of the run's settings. ``channel_ratio`` counts each group's channels once, ``layer_ratio`` the outputs of
     every layer that writes one (as the paper's code does). ``cpu_minutes``: of search and tuning, all threads, nan where a run
-    was cut off and went on; ``steps``: gradient steps of both.
+    was cut off and went on; ``steps``: gradient steps of both; ``commit``: of the code, as git names it.
     """
 
     method: str
@@ -45,6 +45,7 @@ class Row:
     wall_minutes: float
     threads: int
     machine: str
+    commit: str
 
     @property
     def name(self) -> str:
@@ -101,17 +102,20 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
             + (f" against {against} |" if against else "")
         )
         print("|---|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if against else ""))
-        means = {}
-        for method in methods:
-            own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
-            if not own:
-                continue
+        here = {
+            method: {row.seed: row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)}
+            for method in methods
+        }
+        here = {method: of_seed for method, of_seed in here.items() if of_seed}
+        common = set.intersection(*(set(of_seed) for of_seed in here.values()))
+        for method, of_seed in here.items():
+            own = list(of_seed.values())
             values = 100 * np.array([top1(row) for row in own])
-            means[method] = values.mean()
+            deviation = f" ± {values.std(ddof=1):.2f}" if len(own) > 1 else ""
             cells_ = [
                 method,
                 str(len(own)),
-                f"{values.mean():.2f} ± {values.std(ddof=1) if len(own) > 1 else 0:.2f}",
+                f"{values.mean():.2f}{deviation}",
                 f"{100 * np.mean([row.top1_cut_val for row in own]):.1f}",
                 f"{100 * np.mean([row.top1_norms_val for row in own]):.1f}",
                 f"{np.mean([row.macs_ratio for row in own]):.3f}",
@@ -126,8 +130,10 @@ def print_table(rows: Sequence[Row], *, against: str | None, test: bool) -> None
                 ]
                 cells_.append(difference(pairs) if method != against else "–")
             print(f"| {' | '.join(cells_)} |")
-        for method, rank in zip(means, ranked([-value for value in means.values()]), strict=True):
-            ranks[method].append(rank)
+        if common:  # places are of the same seeds
+            means = [-float(np.mean([top1(of_seed[seed]) for seed in common])) for of_seed in here.values()]
+            for method, rank in zip(here, ranked(means), strict=True):
+                ranks[method].append(rank)
     print("\n| method | mean rank |\n|---|---:|")
     for method in sorted((m for m in methods if ranks[m]), key=lambda m: np.mean(ranks[m])):
         print(f"| {method} | {np.mean(ranks[method]):.2f} |")
@@ -172,10 +178,7 @@ def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
     (out / "figures").mkdir(exist_ok=True)
 
     def faster(row: Row) -> float:
-        found = [
-            t["factor"] for name, t in times.items() if name.startswith(f"{row.method}-{row.budget}-{row.ratio:g}-")
-        ]
-        return found[0] if found else math.nan
+        return times[row.name]["factor"] if row.name in times else math.nan  # the first seed's networks were timed
 
     axes: dict[str, tuple[str, Callable[[Row], float]]] = {
         "macs": ("MACs ratio (what remains)", lambda row: row.macs_ratio),
@@ -191,7 +194,13 @@ def draw(rows: Sequence[Row], out: Path, *, test: bool) -> None:
             for budget, ratio in sorted({(row.budget, row.ratio) for row in rows if row.method == method}):
                 own = [row for row in rows if (row.method, row.budget, row.ratio) == (method, budget, ratio)]
                 values = [100 * top1(row) for row in own]
-                points.append((known_mean([of(row) for row in own]), np.mean(values), np.std(values)))
+                points.append(
+                    (
+                        known_mean([of(row) for row in own]),
+                        np.mean(values),
+                        np.std(values, ddof=1) if len(own) > 1 else 0,
+                    )
+                )
             x, y, spread = np.array(sorted(points)).T
             panel.errorbar(
                 x, y, yerr=spread, label=method, marker="osD^vPX*"[number % 8], markersize=4, capsize=2, lw=1

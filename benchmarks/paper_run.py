@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -84,7 +85,15 @@ def run_cell(grid_file: Path, cell: Cell, out: Path, *, test: bool) -> Row:
         wall_minutes=minutes[2],
         threads=torch.get_num_threads(),
         machine=f"{environment()['machine']['cpu']}, torch {torch.__version__}",
+        commit=_commit(),
     )
+
+
+def _commit() -> str:
+    """ "+" where files differ from it; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _sizes(result: Tuned, dense: Dense, plan: PrunePlan, recipe: Recipe) -> dict[str, Any]:
