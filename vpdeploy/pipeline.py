@@ -372,9 +372,11 @@ def _zeroed(
     zeroed = set_to_zero(copy.deepcopy(source), mask)
     count = enough_images(count_macs(source, canvas_size=work.recipe.input.canvas).macs, at_most=CERTIFICATE_IMAGES)
     images = show(work.recipe, work.training_data().val, prompt=found.prompt, count=count)
+    nothing = plan(source, groups.prunable, ChannelMask({}), replacements=work.built.replacements)
+    for network in (source, zeroed):
+        put_tokens(network, split_prompt(found.prompt)[1], work.recipe.prompt.tokens)
     certificate = certify_weights(source, zeroed, groups, kept, requested=selector.ratio, canvas=images)
     certificate = replace(certificate, replacements=work.built.replacements)
-    nothing = plan(source, groups.prunable, ChannelMask({}), replacements=work.built.replacements)
     run_folder.write_tensors(arm_file(work.run, "mask.safetensors", arm), mask)
     run_folder.write_value(arm_file(work.run, "certificate.json", arm), certificate)
     run_folder.write_value(arm_file(work.run, "plan.json", arm), nothing)

@@ -20,7 +20,7 @@ from vpdeploy.data.sources import DataSource, open_source
 from vpdeploy.errors import DataError, RunFolderError
 from vpdeploy.measure.environment import environment, machine
 from vpdeploy.models.build import Built, build, check_forward, with_separate_heads
-from vpdeploy.models.tokens.prompt import token_blocks
+from vpdeploy.models.tokens.prompt import check_tokens
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values
@@ -119,7 +119,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
         check_forward(built.backbone, canvas_size=recipe.input.canvas, classes=outputs)
     built = with_separate_heads(built, canvas_size=recipe.input.canvas)
     if recipe.prompt.tokens.kind != "none":
-        token_blocks(built.backbone, recipe.prompt.tokens.kind)
+        check_tokens(built.backbone, recipe.prompt.tokens, canvas_size=recipe.input.canvas)
     recipe = _settle(recipe, built)
     if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
         for name in ledger.forget(redo, recipe):

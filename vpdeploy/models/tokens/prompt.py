@@ -5,6 +5,7 @@ Tokens are one tensor for each block that has some, by its name: [N, c]; those o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 
@@ -19,6 +20,7 @@ from vpdeploy.models.tokens.feed import FeedMemory, widen
 from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
 
+FOLDED = 1e-3  # relative, float32: the same sums in another order, through all blocks; a wrong fold is off by far more
 PREFIX = "tokens."  # in the state of a prompt, before a block's name
 
 
@@ -176,3 +178,28 @@ def _sequence(network: nn.Module) -> str | None:
 def _exchange(network: nn.Module, name: str, new: nn.Module) -> None:
     holder, _, last = name.rpartition(".")
     network.get_submodule(holder).add_module(last, new)
+
+
+@torch.no_grad()
+def check_tokens(network: nn.Module, table: TokensTable, *, canvas_size: int) -> None:
+    """Raises: ModelError when ``network`` has no block for tokens of the kind, does not run with them, or not as before when they
+    are folded. It is not changed.
+    """
+    twin = copy.deepcopy(network).eval()
+    put_tokens(twin, new_tokens(twin, table, generator=torch.Generator().manual_seed(0)), table)
+    image = torch.rand(1, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(1))
+    try:
+        expected = twin(image)
+        fold_tokens(twin)
+        folded = twin(image)
+    except Exception as e:  # somebody's forward: whatever it raises
+        raise ModelError(
+            f"prompt.tokens.kind: {type(network).__name__} does not run with tokens of kind {table.kind!r}: {type(e).__name__}: "
+            f"{e}; expected another kind, or 'none'"
+        ) from e
+    difference = float((folded - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not difference <= FOLDED:
+        raise ModelError(
+            f"prompt.tokens.kind: with tokens of kind {table.kind!r} folded, {type(network).__name__} gives logits that differ "
+            f"by {difference:.2g} of the largest; expected at most {FOLDED:g}: another kind, or 'none'"
+        )
