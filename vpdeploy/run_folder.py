@@ -190,12 +190,22 @@ class Journal:
 
     def resume(self) -> dict[str, Any] | None:
         """The state after the last finished epoch, or None."""
+        state = self._state()
+        return state if state is not None and state.get("key") == self.key else None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a state of the stage, or of its first part."""
+        state = self._state()
+        return state is not None and str(state.get("key")).partition(" ")[0] == self.key
+
+    def _state(self) -> dict[str, Any] | None:
         import torch
 
         if not self.state_file.exists():
             return None
         try:
-            state = torch.load(BytesIO(read_bytes(self.state_file)), weights_only=True, map_location="cpu")
+            return torch.load(BytesIO(read_bytes(self.state_file)), weights_only=True, map_location="cpu")
         except RunFolderError:
             raise
         except Exception as e:  # whatever a damaged archive raises; torch's own words advise to unpickle it
@@ -203,7 +213,6 @@ class Journal:
                 f"{self.state_file}: damaged: not a state that torch can read ({type(e).__name__}); remove it to start the "
                 "stage again"
             ) from e
-        return state if state.get("key") == self.key else None
 
     def part(self, number: int, *, under: bytes = b"") -> Journal:
         """That of one of several parts of the stage, one after the other; the first is the stage's own. ``under``: what it goes

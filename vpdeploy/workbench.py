@@ -83,7 +83,7 @@ class Workbench:
     def journal(self, stage: Stage) -> Journal:
         key = self.ledger.key(stage, self.recipe)
         journal = Journal(stage.name, key, _state_file(self.run, stage.name), self.run / "history.jsonl")
-        if journal.resume() is None:
+        if not journal.has_begun:
             run_folder.drop_history(journal.history_file, stage.name)
         return journal
 
