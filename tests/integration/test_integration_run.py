@@ -141,7 +141,8 @@ def test_the_table_before_training_told_the_size_of_the_dense_file_that_ships(ru
 def test_the_settled_recipe_means_the_same_from_its_run_folder(run):
     settled = read_recipe(run)
     asked = load_recipe(QUICKSTART, smoke(run)[5::2])
-    assert settled.tune == asked.tune and settled.bench == asked.bench and settled.data == asked.data
+    assert settled.tune == asked.tune.model_copy(update={"distill": 0.9})  # the head is the network's own
+    assert settled.bench == asked.bench and settled.data == asked.data
     assert (settled.fit.what, settled.model.head, settled.compute.device) == ("all", "keep", settled.compute.device)
     assert "auto" not in (settled.compute.precision, settled.compute.device, settled.compute.workers)
 
