@@ -28,13 +28,17 @@ from vpdeploy.training.tune import tune
 from vpdeploy.values import ChannelMask, Dense, Found, PrunePlan, Tuned
 
 
+def planned(data: st.DataObject, family: str) -> tuple[nn.Module, PrunePlan]:
+    network = data.draw(networks(family)).float()
+    groups = probed(network).prunable
+    return network, plan(network, groups, data.draw(masks(groups)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=4)
 @given(data=st.data())
 def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
-    network = data.draw(networks(family)).float()
-    groups = probed(network).prunable
-    made = plan(network, groups, data.draw(masks(groups)))
+    network, made = planned(data, family)
     replayed = load(PrunePlan, dump(made), where="plan.json")
     assert replayed == made
     check_plan(network, replayed)
@@ -49,9 +53,7 @@ def test_replaying_a_stored_plan_gives_the_same_bits(family, data):
 @settings(max_examples=4)
 @given(data=st.data())
 def test_what_is_put_back_is_what_was_cut_and_the_rest_stays(family, data):
-    network = data.draw(networks(family)).float()
-    groups = probed(network).prunable
-    made = plan(network, groups, data.draw(masks(groups)))
+    network, made = planned(data, family)
     smaller, whole = cut(network, made), copy.deepcopy(network)
     with torch.no_grad():
         for tensor in smaller.state_dict().values():

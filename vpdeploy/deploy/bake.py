@@ -70,8 +70,7 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
     """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
 
     Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
-    whose rows a label map selects. Tokens of ``tuned.prompt`` become constants; without pixels
-    nothing is added to the canvas.
+    whose rows a label map selects. Tokens of ``tuned.prompt`` become constants; without pixels nothing is added to the canvas.
     """
     if form not in FORMS:
         raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")

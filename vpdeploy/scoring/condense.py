@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Score = Literal["gradient", "norm", "random"]
 Scope = Literal["global", "layer"]
 
 
 def gradient_scores(
-    tokens: Mapping[str, nn.Parameter], logits_of: Iterable[tuple[Tensor, Tensor]], *, label_smoothing: float = 0.0
+    tokens: Mapping[str, nn.Parameter], logits_of: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Mean over batches of |<p, dL/dp>| for each token p: what the loss would change, to first order, were it scaled away.
     The absolute value comes before the mean: where training has ended, the mean gradient is near zero.
@@ -26,7 +25,7 @@ def gradient_scores(
     total = {name: torch.zeros(len(rows), dtype=torch.float64) for name, rows in tokens.items()}
     count = 0
     for logits, labels in logits_of:
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, labels)
         gradients = torch.autograd.grad(loss, list(tokens.values()))
         for (name, rows), gradient in zip(tokens.items(), gradients, strict=True):
             total[name] += (rows.detach() * gradient).sum(dim=1).abs().double().cpu()

@@ -16,7 +16,7 @@ from transformers import SIDE, replaced, swin, timm_vit, torchvision_vit
 from vpdeploy.deploy.bake import Deployable
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.errors import ModelError
-from vpdeploy.models.tokens.cross import ConstantCross, FoldedCross
+from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
 from vpdeploy.models.tokens.prompt import check_tokens, fold_tokens, new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import TokensTable
@@ -41,7 +41,7 @@ def prompted(network: nn.Module, kind: str, count: int) -> tuple[nn.Module, nn.M
         (swin, "vpt-deep", 3, None),
         (timm_vit, "vpt-shallow", 3, None),
         (torchvision_vit, "cvpt", 3, FoldedCross),
-        (timm_vit, "cvpt", 20, ConstantCross),
+        (timm_vit, "cvpt", 20, CrossAttention),
         (swin, "ffn-memory", 3, None),
     ],
 )

@@ -15,7 +15,7 @@ from transformers import VITS, WIDTH, images, replaced, swin, torchvision_vit
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory
 from vpdeploy.models.tokens.blocks import PromptedBlock, blocks_of
-from vpdeploy.models.tokens.cross import ConstantCross, FoldedCross
+from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
 from vpdeploy.models.tokens.prompt import fold_tokens, new_tokens, put_tokens, take_tokens, token_parameters
 from vpdeploy.recipe.tables import TokensTable
 from vpdeploy.surgery.cut import cut
@@ -167,9 +167,9 @@ def test_memory_is_hidden_units_without_bias():
     [
         # 2 * 3 * N * 24 products for each token against 2 * 24 * 24 + 2 * N * 24: N below 12
         ("torchvision", 11, FoldedCross),
-        ("torchvision", 12, ConstantCross),
+        ("torchvision", 12, CrossAttention),
         ("timm", 2, FoldedCross),
-        ("timm, norms of q and k", 2, ConstantCross),  # a norm stands between projection and product
+        ("timm, norms of q and k", 2, CrossAttention),  # a norm stands between projection and product
     ],
 )
 def test_the_cheapest_form_that_is_exact_is_taken(name, count, kind):

@@ -103,6 +103,19 @@ class Block:
         return first, between, second
 
     @property
+    def cross_memory(self) -> nn.Module | None:
+        """What the stream reads in an attention beside the block's."""
+        return getattr(self._beside("cross"), "memory", None)
+
+    @property
+    def mlp_memory(self) -> nn.Module | None:
+        """Units beside the MLP's."""
+        return self._beside("memory")
+
+    def _beside(self, name: str) -> nn.Module | None:
+        return getattr(self.module, name) if isinstance(self.module, PromptedBlock) else None
+
+    @property
     def has_plain_mlp(self) -> bool:
         """Whether its MLP is two linear layers with an activation between, and nothing else."""
         mlp = self.module.get_submodule(self.kind.mlp)
@@ -119,6 +132,19 @@ class Block:
         k = self.attention.k
         assert isinstance(k, nn.Linear)
         return k.in_features
+
+
+def stand_for(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` the children of ``old`` under their names, so that no tensor's name changes, and ``old`` for ``stood_for``."""
+    for name, child in old.named_children():
+        new.add_module(name, child)
+    vars(new)["_stands_for"] = (old,)  # in a tuple: it is no child, its children are those of ``new``
+    new.train(old.training)
+
+
+def stood_for(new: nn.Module) -> nn.Module:
+    """The module in whose place ``new`` stands."""
+    return vars(new)["_stands_for"][0]
 
 
 class PromptedBlock(nn.Module):
@@ -138,17 +164,9 @@ class PromptedBlock(nn.Module):
         memory: nn.Module | None = None,
     ):
         super().__init__()
-        for name, child in block.named_children():
-            self.add_module(name, child)
+        stand_for(self, block)
         self.kind = kind
         self.cross, self.position, self.memory = cross, position, memory
-        self._block = (block,)  # in a tuple: its children are this one's
-        self.train(block.training)
-
-    @property
-    def block(self) -> nn.Module:
-        """As it was."""
-        return self._block[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, L, c] -> [n, L, c]."""

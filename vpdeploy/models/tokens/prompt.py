@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
-from vpdeploy.models.tokens.blocks import Block, PromptedBlock, blocks_of
-from vpdeploy.models.tokens.cross import CrossTokens, fold_cross
+from vpdeploy.models.tokens.blocks import Block, PromptedBlock, blocks_of, stood_for
+from vpdeploy.models.tokens.cross import CrossAttention, fold_cross
 from vpdeploy.models.tokens.feed import FeedMemory, widen
 from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
@@ -61,9 +61,8 @@ WHERE = {
 def new_tokens(network: nn.Module, table: TokensTable, *, generator: torch.Generator) -> dict[str, Tensor]:
     """``table.count`` tokens for each block, as their authors' code draws them: name of the block -> [N, c].
 
-    VPT: even over (-v, v) with v = sqrt(6 / (3 p^2 + c)), p the side of a patch (16 where it cannot be
-    told). CVPT: v = sqrt(6 / ((N + blocks) c)). Memory:
-    keys from N(0, 0.02), values 0, so that the first step sees the network as it is.
+    VPT: even over (-v, v) with v = sqrt(6 / (3 p^2 + c)), p the side of a patch (16 where it cannot be told). CVPT: with
+    v = sqrt(6 / ((N + blocks) c)). Memory: keys from N(0, 0.02), values 0, so that the first step sees the network as it is.
     """
     blocks, count = token_blocks(network, table.kind), table.count
     patch = next((module.kernel_size[0] for module in network.modules() if isinstance(module, nn.Conv2d)), 16)
@@ -110,7 +109,7 @@ def _put(network: nn.Module, block: Block, rows: Tensor, table: TokensTable) -> 
         assert isinstance(blocks, nn.Sequential)
         _exchange(network, name, WithTokens(blocks, rows, dropout=dropout))
     elif table.kind == "cvpt":
-        cross = CrossTokens(rows, dropout=dropout)
+        cross = CrossAttention(PromptTokens(rows, nn.Identity(), dropout=dropout))
         _exchange(network, block.name, PromptedBlock(block.module, block.kind, cross=cross, position=table.position))
     else:
         assert table.kind == "ffn-memory", f"no tokens of kind {table.kind!r}"
@@ -122,11 +121,11 @@ def take_tokens(network: nn.Module) -> None:
     """Change ``network``: as it was before ``put_tokens``."""
     for name, module in list(network.named_modules()):
         if isinstance(module, WithTokens):
-            _exchange(network, name, module.blocks)
+            _exchange(network, name, stood_for(module))
     for block in list(blocks_of(network)):
         block.attention.memory = None
         if isinstance(block.module, PromptedBlock):
-            _exchange(network, block.name, block.module.block)
+            _exchange(network, block.name, stood_for(block.module))
 
 
 def token_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,15 +133,13 @@ def token_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {block.name: module.tokens for block, module in _holders(network)}
 
 
-def _holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTokens | CrossTokens | FeedMemory]]:
+def _holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTokens | FeedMemory]]:
     sequences = [module for module in network.modules() if isinstance(module, WithTokens)]
     for number, block in enumerate(blocks_of(network)):
         if number == 0 and sequences:
             yield block, sequences[0]
-        beside = block.module
-        parts = (block.attention.memory, *((beside.cross, beside.memory) if isinstance(beside, PromptedBlock) else ()))
-        for part in parts:
-            if isinstance(part, PromptTokens | CrossTokens | FeedMemory):
+        for part in (block.attention.memory, block.cross_memory, block.mlp_memory):
+            if isinstance(part, PromptTokens | FeedMemory):
                 yield block, part
 
 
@@ -153,14 +150,14 @@ def fold_tokens(network: nn.Module) -> None:
     """
     for block, part in list(_holders(network)):
         part.eval()
-        if isinstance(part, PromptTokens):
+        if isinstance(part, PromptTokens) and part is block.cross_memory:
+            block.module.cross = fold_cross(part.tokens, block.attention)
+        elif isinstance(part, PromptTokens):
             block.attention.memory = ConstantMemory(*part(block.attention))
-        elif isinstance(part, CrossTokens):
-            block.module.cross = fold_cross(part, block.attention)
         elif isinstance(part, FeedMemory):
             first, _, second = block.mlp_layers
             widen(first, second, part.tokens)
-            _exchange(network, block.name, block.module.block)
+            _exchange(network, block.name, stood_for(block.module))
 
 
 def _sequence(network: nn.Module) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vpdeploy.models.tokens.blocks import stand_for
+
 
 class WithTokens(nn.Module):
     """Blocks, one after the other, and learned tokens [N, c] that go through them behind those of the image.
@@ -14,17 +16,9 @@ class WithTokens(nn.Module):
 
     def __init__(self, blocks: nn.Sequential, tokens: Tensor, *, dropout: float = 0.0):
         super().__init__()
-        for name, block in blocks.named_children():
-            self.add_module(name, block)
+        stand_for(self, blocks)
         self.tokens = nn.Parameter(tokens)
         self.rate = dropout
-        self._blocks = (blocks,)  # in a tuple: its children are this one's
-        self.train(blocks.training)
-
-    @property
-    def blocks(self) -> nn.Sequential:
-        """As they were."""
-        return self._blocks[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, L, c] -> [n, L, c]."""
