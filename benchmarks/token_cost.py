@@ -31,7 +31,8 @@ from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.tokens.blocks import blocks_of
-from vpdeploy.models.tokens.prompt import fold_tokens, new_tokens, put_tokens
+from vpdeploy.models.tokens.fold import fold_tokens
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import BenchTable, TokensTable
 

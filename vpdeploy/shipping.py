@@ -159,7 +159,8 @@ def measure_arms(work: Workbench) -> None:
             right = predictions[arm] == labels
             by_torch = float((predictions[f"torch {arm}"] == labels).mean())
             _agree(arm, float(right.mean()), by_torch, n=len(labels))
-            network = baked(work, arm, "float").backbone
+            deployable = baked(work, arm, "float")
+            network = deployable.backbone
             counted = count_macs(network, canvas_size=recipe.input.canvas)
             height, width = recipe.bench.image_size
             measurement = Measurement(
@@ -178,6 +179,7 @@ def measure_arms(work: Workbench) -> None:
                 memory=measure_memories(forms, recipe=recipe),
                 layers=layers_of(network, measure_layers(forms, recipe=recipe), counted.by_module),
                 compressed_bytes=_compressed(forms) if recipe.search.granularity != "channel" else {},
+                folds=deployable.folds,
             )
             run_folder.write_value(measurement_file(work.run, arm), measurement)
         buffer = {"labels": labels, **{arm: predictions[arm] for arm in files}}

@@ -28,7 +28,16 @@ _FIT = ("seed", "data", "fit", "compute", *_NETWORK)
 _SEARCH = (*_FIT, "prompt", "search", "budget", "target")
 _CONDENSED = (*_SEARCH, "condense")
 _PRICE = (*_NETWORK, "budget", "target")
-_PRICED = ("prompt.pixels.kind", "prompt.pixels.stages", "export.forms", "export.opset", "bench.image_size")
+_PRICED = (
+    *(
+        "prompt.pixels.kind",
+        "prompt.pixels.stages",
+        "prompt.tokens.kind",
+        "prompt.tokens.stages",
+        "prompt.tokens.count",
+    ),
+    *("prompt.tokens.position", "condense.keep", "condense.scope", "export.forms", "export.opset", "bench.image_size"),
+)
 _CONTENTS, _MACHINE = "contents of ", "machine: "  # of keys that no recipe holds
 # Keys that change what is done, never what comes out of a training stage.
 _NOT_READ = (

@@ -322,6 +322,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """What the file computes in a cheaper form that is equal, or does not, and why: of the prompt's "tokens", and of the
+    "read-out".
+    """
+
+    what: str
+    done: bool
+    how: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One arm, measured on the files that ship. Accuracies are fractions; intervals are at 95 %."""
 
@@ -340,6 +351,7 @@ class Measurement:
     compressed_bytes: Mapping[str, int] = field(
         default_factory=dict
     )  # form -> bytes by gzip, where weights were set to 0
+    folds: tuple[Fold, ...] = ()  # of transformers
 
 
 @dataclass(frozen=True)

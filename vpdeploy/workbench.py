@@ -20,7 +20,7 @@ from vpdeploy.data.sources import DataSource, open_source
 from vpdeploy.errors import DataError, RunFolderError
 from vpdeploy.measure.environment import environment, machine
 from vpdeploy.models.build import Built, build, check_forward, with_separate_heads
-from vpdeploy.models.tokens.prompt import check_tokens
+from vpdeploy.models.tokens.fold import check_tokens
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import CHECKPOINT_SUFFIXES, Recipe
 from vpdeploy.recipe.writing import dump_recipe, flatten, with_values

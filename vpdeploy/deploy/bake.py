@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from vpdeploy.data.resize import resize
 from vpdeploy.models.classifier import take_rows
-from vpdeploy.models.tokens.prompt import fold_tokens, put_tokens, split_prompt
+from vpdeploy.models.tokens.fold import fold
+from vpdeploy.models.tokens.prompt import put_tokens, split_prompt
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import build_prompt
 from vpdeploy.recipe.tables import PixelsTable, Recipe
-from vpdeploy.values import Tuned
+from vpdeploy.values import Fold, Tuned
 
 Form = Literal["uint8", "float"]
 FORMS: tuple[Form, ...] = ("uint8", "float")
@@ -51,14 +52,24 @@ class Deployable(nn.Module):
     """What ships: image -> logits float32 [n, k].
 
     image, form "uint8": uint8 [n, h, w, 3], any h and w, 0 to 255; form "float": float32 [n, 3, image_size, image_size]
-    in [0, 1], already resized (for callers that resize by themselves).
+    in [0, 1], already resized (for callers that resize by themselves). ``folds``: what was done to ``backbone``.
     """
 
-    def __init__(self, backbone: nn.Module, canvas: Canvas, *, form: Form, image_size: int, resize_how: str):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        canvas: Canvas,
+        *,
+        form: Form,
+        image_size: int,
+        resize_how: str,
+        folds: tuple[Fold, ...] = (),
+    ):
         super().__init__()
         self.backbone = backbone
         self.canvas = canvas
         self.form = form
+        self.folds = folds
         self.resize = Resize(image_size, resize_how)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -70,7 +81,8 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
     """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
 
     Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
-    whose rows a label map selects. Tokens of ``tuned.prompt`` become constants; without pixels nothing is added to the canvas.
+    whose rows a label map selects. Tokens of ``tuned.prompt`` become what they
+    amount to; without pixels nothing is added to the canvas.
     """
     if form not in FORMS:
         raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")
@@ -79,13 +91,13 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
         backbone = take_rows(backbone, classifier, tuned.label_map)
     pixels, tokens = split_prompt(tuned.prompt)
     put_tokens(backbone, tokens, recipe.prompt.tokens)
-    fold_tokens(backbone)
+    folds = fold(backbone, canvas_size=recipe.input.canvas)
     prompt = _constant_prompt(pixels, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
     canvas = Canvas(
         recipe.input.image_size, recipe.input.canvas, mean=recipe.input.mean, std=recipe.input.std, prompt=prompt
     )
     deployable = Deployable(
-        backbone, canvas, form=form, image_size=recipe.input.image_size, resize_how=recipe.input.resize
+        backbone, canvas, form=form, image_size=recipe.input.image_size, resize_how=recipe.input.resize, folds=folds
     )
     # Training may have left channels_last weights behind; the file holds them in one order only.
     deployable = deployable.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)

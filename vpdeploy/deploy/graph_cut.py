@@ -113,10 +113,11 @@ def read_graph(path: Path, tensors: Mapping[str, Values]) -> Graph:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     axes: dict[str, Axes] = {}
-    for name, size in sizes.items():
+    for tensor in model.graph.initializer:
+        name, size = tensor.name, sizes[tensor.name]
         own = name.removeprefix(PREFIX)
         same = name.startswith(PREFIX) and shapes.get(own) == size
-        axes[name] = tuple((own, axis) for axis in range(len(size))) if same else (None,) * len(size)
+        axes[name] = tuple((own, axis) for axis in range(len(size))) if same else _by_value(tensor, tensors)
     for node in model.graph.node:
         for place, name in enumerate(node.input):
             if name in sizes and all(axis is None for axis in axes[name]):
@@ -138,6 +139,19 @@ def _computed(model: onnx.ModelProto, tensors: Mapping[str, Values]) -> Iterator
                     and np.array_equal(tensor, indices)
                 ):
                     yield node.input[1], name
+
+
+def _by_value(initializer: onnx.TensorProto, tensors: Mapping[str, Values]) -> Axes:
+    """Of an initializer under a name of the exporter's: the axes of the one tensor that it holds, as it is or transposed."""
+    array = numpy_helper.to_array(initializer)
+    order = list(range(array.ndim))
+    found = [
+        tuple((name, axis) for axis in axes)
+        for axes in (order, [*order[:-2], *order[:-3:-1]])
+        for name, tensor in tensors.items()
+        if array.ndim > 2 and tensor.ndim == array.ndim and np.array_equal(tensor.transpose(axes), array)
+    ]
+    return found[0] if len(found) == 1 else (None,) * array.ndim
 
 
 def _by_use(node: Any, place: int, size: tuple[int, ...], shapes: Mapping[str, Any], axes: Mapping[str, Axes]) -> Axes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
+import math
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,11 +26,13 @@ from vpdeploy.errors import VpdeployError
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.models.classifier import take_rows
+from vpdeploy.models.tokens.fold import fold, with_constants
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.surgery.cost import Array
 from vpdeploy.surgery.cut import cut
-from vpdeploy.surgery.plan import plan, tensors
+from vpdeploy.surgery.plan import plan, tensor_shapes, tensors
 from vpdeploy.surgery.shapes import Shapes
 from vpdeploy.values import Certificate, ChannelGroups, ChannelMask, GroupRecord, PrunePlan, Term
 from vpdeploy.workbench import Workbench
@@ -40,19 +45,18 @@ class Candidates:
     """Files of the recipe's network at given widths of the prunable groups, in ``folder``.
 
     One export, cut in its graph; where the graph holds widths that cannot be followed (shuffles), each is cut in torch and
-    exported. ``prompted``: with a prompt as large as the recipe's.
+    exported. ``prompted``: with a prompt as large as the recipe's; where condensation may leave any number of tokens to a block,
+    each has all of them.
     """
 
     def __init__(self, work: Workbench, groups: ChannelGroups, folder: Path, *, form: str, prompted: bool):
-        self.recipe, self.groups, self.folder, self.form, self.prompted = (
-            work.recipe,
-            groups.prunable,
-            folder,
-            form,
-            prompted,
-        )
+        self.recipe, self.folder, self.form, self.prompted = work.recipe, folder, form, prompted
         self._certificate = run_folder.dump_line(_long_certificate(groups, work))
-        self.backbone = _shaken(work.built.backbone)
+        self._plain = _shaken(work.built.backbone)
+        self.backbone = _with_tokens(self._plain, work.recipe) if prompted else copy.deepcopy(self._plain)
+        for network in (self._plain, self.backbone):
+            fold(network, canvas_size=work.recipe.input.canvas)
+        self.groups = with_constants(groups.prunable, self.backbone)
         self.classes = work.source.classes
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
         self.whole = folder / f"dense.{form}.onnx"
@@ -70,8 +74,9 @@ class Candidates:
         if not self.prompted:
             return self.whole
         path = self.folder / f"unprompted.{self.form}.onnx"
-        if not path.exists() and (self.graph is None or not self.graph.write_without_prompt(path)):
-            self.export(self.backbone, path, prompted=False)
+        pixels_alone = None if self.recipe.prompt.tokens.learned_in("tune") else self.graph
+        if not path.exists() and (pixels_alone is None or not pixels_alone.write_without_prompt(path)):
+            self.export(self._plain, path, prompted=False)
         return path
 
     def dense_mib(self) -> float:
@@ -79,13 +84,13 @@ class Candidates:
         return (self.dense_without_prompt().stat().st_size - len(self._certificate.encode())) / MIB
 
     def dense_module(self) -> nn.Module:
-        return self.deployable(self.backbone, prompted=False)
+        return self.deployable(self._plain, prompted=False)
 
     def byte_terms(self, shapes: Shapes, narrowest: Array) -> list[Term]:
         """The bytes of all constants of the file, as they follow the widths. Where the graph cannot be cut, scaled so that the
         file of ``narrowest`` widths is met too: near for others, and no more.
         """
-        terms = self._read.terms()
+        terms = [part for term in self._read.terms() for part in self._of_plain(term)]
         if self._followed:
             return terms
         cost = shapes.sum_of(terms)
@@ -94,6 +99,26 @@ class Candidates:
             removed = self.whole.stat().st_size - self.file(narrowest).stat().st_size
             terms = [replace(term, amount=term.amount * removed / max(1.0, told)) for term in terms]
         return terms
+
+    def _of_plain(self, term: Term) -> Iterator[Term]:
+        """The same, of axes that the network has without tokens too."""
+        plain, own = tensor_shapes(self._plain), tensor_shapes(self.backbone)
+        places = {(m.tensor, m.axis): (group, m) for group in self.groups for m in group.members}
+
+        def parts(tensor: str, axis: int) -> list[tuple[float, tuple[tuple[str, int], ...]]]:
+            length = own[tensor][axis]
+            if tensor in plain:
+                further = length - plain[tensor][axis]  # units that an MLP was widened by
+                return [(1.0, ((tensor, axis),)), *([(float(further), ())] if further else [])]
+            if (tensor, axis) not in places:
+                return [(float(length), ())]
+            group, member = places[tensor, axis]
+            other = next(m for m in group.members if m.tensor in plain)
+            return [(len(member.indices) / len(other.indices), ((other.tensor, other.axis),))]
+
+        for chosen in itertools.product(*(parts(*place) for place in term.axes)):
+            amount = term.amount * math.prod(share for share, _ in chosen)
+            yield replace(term, amount=amount, axes=tuple(place for _, axes in chosen for place in axes))
 
     @property
     def spare(self) -> int:
@@ -171,7 +196,7 @@ class Candidates:
             table.canvas,
             mean=table.mean,
             std=table.std,
-            prompt=ConstantPrompt(noise) if prompted else None,
+            prompt=ConstantPrompt(noise) if prompted and self.recipe.prompt.pixels.learned_in("tune") else None,
         )
         deployable = Deployable(
             self._rows_taken(backbone),
@@ -191,8 +216,8 @@ class Candidates:
 
 
 def is_prompted(recipe: Recipe, arm: str = "pruned") -> bool:
-    """Whether the file of a pruned arm ships with pixels."""
-    return arm == "pruned" and recipe.prompt.pixels.learned_in("tune")
+    """Whether the file of a pruned arm ships with a prompt."""
+    return arm == "pruned" and recipe.prompt.learned_in("tune")
 
 
 def _arrays(network: nn.Module) -> dict[str, np.ndarray]:
@@ -208,6 +233,17 @@ def _shaken(backbone: nn.Module) -> nn.Module:
     for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
             tensor.add_(torch.rand(tensor.shape, generator=generator) * 0.1)
+    return network
+
+
+def _with_tokens(backbone: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy with as many tokens as may ship."""
+    network, table, condense = copy.deepcopy(backbone), recipe.prompt.tokens, recipe.condense
+    if table.learned_in("tune"):
+        share = condense.keep if condense.scope == "layer" else 1.0
+        fewer = table.model_copy(update={"count": math.ceil(share * table.count)})
+        tokens = new_tokens(network, fewer, generator=torch.Generator().manual_seed(0))
+        put_tokens(network, tokens, table)
     return network
 
 

@@ -329,16 +329,6 @@ def _token_problems(recipe: Recipe) -> Iterator[Problem]:
             f"search.granularity: got {search.granularity!r} with tokens of kind 'ffn-memory'; expected 'channel': in the file "
             "they are weights of the layers that are masked",
         )
-    measured = [
-        name for name in ("latency_ratio", "latency_ms", "memory_mib", "file_mib") if getattr(recipe.budget, name)
-    ]
-    for name in (*measured, *(f"limits.{name}" for name in recipe.budget.limits.given)):
-        if tokens.learned_in("tune"):
-            yield (
-                (f"budget.{name}", *kind),
-                f"budget.{name}: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels "
-                "with tokens that ship",
-            )
 
 
 def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from vpdeploy.deploy.bake import ConstantPrompt, Deployable
@@ -140,7 +141,7 @@ def test_a_tensor_that_is_not_found_is_an_error(tmp_path):
     model = onnx.load(tmp_path / "dense.onnx")
     for tensor in model.graph.initializer:
         if tensor.name == "backbone.wide.weight":
-            tensor.name = "val_1000"
+            tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), "val_1000"))
     for node in model.graph.node:
         for place, name in enumerate(node.input):
             if name == "backbone.wide.weight":

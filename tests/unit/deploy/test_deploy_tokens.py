@@ -17,7 +17,8 @@ from vpdeploy.deploy.bake import Deployable
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.errors import ModelError
 from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
-from vpdeploy.models.tokens.prompt import check_tokens, fold_tokens, new_tokens, put_tokens
+from vpdeploy.models.tokens.fold import check_tokens, fold_tokens
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import TokensTable
 

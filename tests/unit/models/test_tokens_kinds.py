@@ -8,22 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import VITS, WIDTH, images, replaced, swin, torchvision_vit
+from transformers import SIDE, VITS, WIDTH, images, randomised, replaced, swin, torchvision_vit
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory
-from vpdeploy.models.tokens.blocks import PromptedBlock, blocks_of
+from vpdeploy.models.tokens.blocks import OpenBlock, blocks_of
 from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
-from vpdeploy.models.tokens.prompt import fold_tokens, new_tokens, put_tokens, take_tokens, token_parameters
+from vpdeploy.models.tokens.fold import fold, fold_tokens
+from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, take_tokens, token_parameters
+from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.exactness import probe
 from vpdeploy.surgery.gates import Gated, mask_row
 from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.surgery.plan import plan
-from vpdeploy.values import ChannelMask
+from vpdeploy.values import ChannelMask, Fold
 
 SAME_FLOAT64 = 1e-9  # of outputs of order 1 to 10, the same sums in another order
 MATTERS = 0.1  # by how much tokens move the outputs: else a fold that drops them would pass
@@ -110,6 +113,14 @@ def test_in_the_sequence_they_go_through_every_block():
     torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
 
 
+@torch.no_grad()
+def test_what_comes_of_them_is_dropped():
+    """Where a mean of all tokens is read, they are not among them."""
+    blocks = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()).double()
+    tokens, x = torch.randn(3, WIDTH, dtype=torch.float64), torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    assert torch.equal(WithTokens(blocks, tokens)(x), blocks(torch.cat([x, tokens.expand(2, -1, -1)], dim=1))[:, :7])
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 @torch.no_grad()
 def test_the_stream_looks_at_them_by_copies_of_the_blocks_projections(position):
@@ -182,7 +193,7 @@ def test_the_cheapest_form_that_is_exact_is_taken(name, count, kind):
 def test_units_beside_the_mlp_become_units_of_it():
     network = prompted(replaced(torchvision_vit()), table("ffn-memory", count=6))
     fold_tokens(network)
-    assert not any(isinstance(module, PromptedBlock) for module in network.modules())
+    assert not any(isinstance(module, OpenBlock) for module in network.modules())
     layers = [block.mlp_layers for block in blocks_of(network)]
     assert all((first.out_features, second.in_features) == (46, 46) for first, _, second in layers)
 
@@ -207,6 +218,88 @@ def test_heads_and_units_go_as_they_would_without_tokens(kind):
     assert (masked - network(images())).abs().max() > MATTERS
     fold_tokens(smaller)
     torch.testing.assert_close(smaller(images()), masked, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize("name", VITS)
+@torch.no_grad()
+def test_the_last_block_computes_what_is_read_of_it(kind, name):
+    network = replaced(VITS[name]())
+    if kind != "none":
+        prompted(network, table(kind, position="before-attention" if kind == "cvpt" else "after-attention"))
+    expected, plain = network(images()), copy.deepcopy(network)
+    given: dict[str, Tensor] = {}
+    (*_, made) = fold(network, canvas_size=SIDE)
+    block = list(blocks_of(network))[-1]
+    block.module.register_forward_hook(lambda module, args, out: given.update(out=out))
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+    tokens = given["out"].shape[1]
+    if "mean" in name:
+        assert made == Fold("read-out", False, f"more than 2 of the last block's {tokens} are read") and tokens >= 16
+    else:
+        assert made.done and tokens == 1 and made.how.startswith("the last block computes 1 of ")
+    # the last block's tokens but the first are dead work: they may be anything
+    last = list(blocks_of(plain))[-1].module
+    last.register_forward_hook(lambda module, args, out: torch.cat([out[:, :1], out[:, 1:] + 1.0], dim=1))
+    assert torch.equal(plain(images()), expected) == made.done
+
+
+@torch.no_grad()
+def test_a_token_for_distillation_is_read_too():
+    timm = pytest.importorskip("timm")
+    plain = timm.models.deit.VisionTransformerDistilled(
+        img_size=SIDE, patch_size=4, depth=2, num_heads=3, embed_dim=WIDTH, num_classes=5
+    )
+    network = replaced(randomised(plain))
+    expected = network(images())
+    assert fold(network, canvas_size=SIDE) == (
+        Fold("read-out", True, "the last block computes 2 of 18: no other is read"),
+    )
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
+@torch.no_grad()
+def test_a_network_that_asks_for_all_tokens_gets_them():
+    """It reads the first alone, and lays the others out in a picture all the same."""
+
+    class Drawing(torchvision.models.VisionTransformer):
+        def forward(self, x: Tensor) -> Tensor:
+            n = len(x)
+            x = torch.cat([self.class_token.expand(n, -1, -1), self._process_input(x)], dim=1)
+            x = self.encoder(x)
+            self.picture = x[:, 1:].unflatten(1, (4, 4))
+            return self.heads(x[:, 0])
+
+    torch.manual_seed(0)
+    drawn = Drawing(
+        image_size=SIDE, patch_size=4, num_layers=2, num_heads=3, hidden_dim=WIDTH, mlp_dim=40, num_classes=5
+    )
+    network = replaced(randomised(drawn))
+    expected, types = network(images()), [type(module) for module in network.modules()]
+    (made,) = fold(network, canvas_size=SIDE)
+    assert made == Fold("read-out", False, "Drawing does not run when the last block gives 1 of 17: RuntimeError")
+    assert torch.equal(network(images()), expected) and [type(module) for module in network.modules()] == types
+
+
+@torch.no_grad()
+def test_windows_are_averaged():
+    network = replaced(swin())
+    assert fold(network, canvas_size=SIDE) == (Fold("read-out", False, "all of the last block are averaged"),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "folds"),
+    [
+        ("vpt-deep", [(True, "constant keys and values, in 3 blocks")]),
+        ("vpt-shallow", [(False, "in the sequence: every block reads what the one before makes of them")]),
+        ("cvpt", [(True, "two linear layers, in 2 blocks"), (True, "constant keys and values, in 1 block")]),
+        ("ffn-memory", [(True, "hidden units of the MLP, in 3 blocks")]),
+    ],
+)
+def test_what_was_folded_is_told(kind, folds):
+    counts = (4, 5, 20) if kind == "cvpt" else ()
+    network = prompted(replaced(torchvision_vit()), table(kind, count=max(counts, default=4)), counts=counts)
+    assert [(made.done, made.how) for made in fold_tokens(network)] == folds
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from budgeted import priced, workbench
 from strategies import group_of
 
 from vpdeploy import pipeline
+from vpdeploy.deploy.bake import bake
+from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.deploy.session import read_metadata
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.engines import EngineError
+from vpdeploy.models.tokens.prompt import new_tokens
 from vpdeploy.pricing import price, target
 from vpdeploy.pricing.candidates import Candidates
 from vpdeploy.pricing.network import Network
@@ -30,7 +34,7 @@ from vpdeploy.scoring.select import build_selector, unreachable
 from vpdeploy.surgery.cost import CostModel, Sum
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
-from vpdeploy.values import Conditions
+from vpdeploy.values import Conditions, Tuned
 
 
 def test_every_quantity_is_told_from_the_smallest_to_the_dense_one(tmp_path):
@@ -104,6 +108,44 @@ def test_so_it_is_of_a_transformer_whose_layers_have_one_shape_until_their_heads
     )
     assert 0 <= told - size < 4096
     assert found.dense["file_mib"] * 2**20 == files.whole.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "condense"),
+    [
+        ("vpt-deep", {"keep": 0.5, "scope": "layer"}),
+        ("vpt-deep", {"keep": 0.5}),
+        ("vpt-shallow", {}),
+        ("cvpt", {}),
+        ("ffn-memory", {}),
+    ],
+)
+def test_tokens_are_in_the_file_that_is_budgeted(tmp_path, kind, condense):
+    (tmp_path / "net.py").write_text(TRANSFORMER)
+    asked, count = 0.1, 8
+    work = workbench(
+        tmp_path, {"file_mib": asked}, model={"name": f"{tmp_path / 'net.py'}:vit"},
+        prompt={"pixels": {"kind": "none"}, "tokens": {"kind": kind, "count": count}}, condense=condense,
+        search={"method": "vpns"},
+    )  # fmt: skip
+    groups = pipeline.grouped(work)
+    selector = selector_for(work, groups, pipeline.priced(work, groups))
+    generator = np.random.default_rng(0)
+    scores = {root: generator.random(int(w)) for root, w in zip(selector.roots, selector.dense_widths, strict=True)}
+    selection = settle(selector, scores, work, groups, arm="pruned")
+    backbone = work.built.backbone
+    small = cut(backbone, plan(backbone, groups.prunable, selection.mask))
+    tokens = new_tokens(small, work.recipe.prompt.tokens, generator=torch.Generator().manual_seed(0))
+    left = {f"tokens.{name}": rows[: count // 2 if condense else count] for name, rows in tokens.items()}
+    certificate = Candidates(work, groups, tmp_path, form="uint8", prompted=True)._certificate
+
+    def mib(prompt: dict[str, torch.Tensor]) -> float:
+        made = bake(Tuned(small, prompt, None), recipe=work.recipe, classifier=work.built.classifier, form="uint8")
+        to_onnx(made, tmp_path / "real.onnx", opset=18, metadata={"certificate": certificate})
+        return (tmp_path / "real.onnx").stat().st_size / 2**20
+
+    assert 0.9 * asked < mib(left) <= asked
+    assert mib({}) + sum(rows.numel() for rows in left.values()) * 4 / 2**20 < asked  # what they take was left for them
 
 
 @pytest.mark.parametrize(

@@ -190,14 +190,6 @@ ONE_PROBLEM = [
         "search.granularity: got '2:4' with tokens of kind 'ffn-memory'; expected 'channel': in the file they are weights of",
     ),
     (
-        {"prompt": {"tokens": {"kind": "vpt-deep"}}, "budget": {"macs_ratio": None, "file_mib": 3.0}},
-        "budget.file_mib: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels with",
-    ),
-    (
-        {"prompt": {"tokens": {"kind": "vpt-deep"}}, "budget": {"limits": {"latency_ms": 3.0}}},
-        "budget.limits.latency_ms: got a budget that is priced without tokens; expected a ratio of MACs, parameters or channels",
-    ),
-    (
         {"budget": {"speed": True}, "search": {"method": "taylor"}},
         "budget.speed: got true with search.per_cost = false, which weighs nothing against time; expected true there",
     ),

@@ -55,8 +55,9 @@ def recall(memory: nn.Module | None, attention: Attention, k: Tensor, v: Tensor)
     """``k`` and ``v``, [n, heads, L, d], and after them what ``memory`` holds."""
     if memory is None:
         return k, v
+    # Repeated, not expanded: an ONNX graph writes the other sizes, heads among them, for the latter.
     more = (
-        rows.to(own.dtype).expand(own.shape[0], -1, -1, -1) for rows, own in zip(memory(attention), (k, v), strict=True)
+        rows.to(own.dtype).repeat(own.shape[0], 1, 1, 1) for rows, own in zip(memory(attention), (k, v), strict=True)
     )
     k, v = (torch.cat(both, dim=2) for both in zip((k, v), more, strict=True))
     return k, v

@@ -11,7 +11,10 @@ from vpdeploy.models.attention.memory import recall, widened
 
 
 class MultiheadAttention(nn.Module):
-    """Attention of queries to keys and values, called like nn.MultiheadAttention. ``memory`` gives further keys and values."""
+    """Attention of queries to keys and values, called like nn.MultiheadAttention. ``memory`` gives further keys and values.
+
+    ``rows``: how many of the first queries are computed; None for all.
+    """
 
     # nn.TransformerEncoderLayer and nn.TransformerEncoder read these to see whether their fused kernel, which wants one
     # packed projection, can be called. It cannot.
@@ -36,6 +39,7 @@ class MultiheadAttention(nn.Module):
         self.batch_first = batch_first
         self.q, self.k, self.v, self.proj = q, k, v, proj
         self.memory: nn.Module | None = None
+        self.rows: int | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         return split_heads(self.q(x), self.head_dim)
@@ -73,7 +77,7 @@ class MultiheadAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q = self.queries(query)
+        q = self.queries(query if self.rows is None else query[:, : self.rows])
         k, v = recall(self.memory, self, self.keys(key), self.values(value))
         mask = _merge(attn_mask, key_padding_mask, q)
         mask = None if mask is None else widened(mask, k)

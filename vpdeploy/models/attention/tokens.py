@@ -15,7 +15,7 @@ class TokenAttention(nn.Module):
 
     ``q_norm`` and ``k_norm`` work on each head of its own, [n, heads, L, d]. ``gate``, [n, L, c] -> [n, L, heads * d],
     multiplies by its sigmoid what proj reads. The first ``prefix`` tokens have no place in the image to turn by.
-    ``memory`` gives keys and values beside those of x.
+    ``memory`` gives keys and values beside those of x. ``rows``: how many of the first tokens ask; None for all.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class TokenAttention(nn.Module):
         self.q, self.k, self.v, self.proj = q, k, v, proj
         self.q_norm, self.k_norm, self.gate = q_norm, k_norm, gate
         self.memory: nn.Module | None = None
+        self.rows: int | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         return self.q_norm(split_heads(self.q(x), self.head_dim))
@@ -61,7 +62,8 @@ class TokenAttention(nn.Module):
 
         rope: [..., L - prefix, 2 * d], sines and cosines by which q and k are turned.
         """
-        q, k, v = self.queries(x), self.keys(x), self.values(x)
+        asking = x if self.rows is None else x[:, : self.rows]
+        q, k, v = self.queries(asking), self.keys(x), self.values(x)
         if rope is not None:
             q, k = self._turned(q, rope), self._turned(k, rope)
         # Norms and rotations may widen half precision; the kernel wants one dtype.
@@ -72,7 +74,7 @@ class TokenAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
         out = join_heads(out)
         if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
+            out = out * self.gate(asking).sigmoid()
         return F.dropout(self.proj(out), self.proj_dropout, self.training)
 
     def _turned(self, x: Tensor, rope: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a network, by name. ``module`` is a ``PromptedBlock`` where something stands beside it."""
+    """One block of a network, by name. ``module`` is an ``OpenBlock`` where it computes more or less than its library has it."""
 
     name: str
     kind: BlockKind
@@ -113,7 +113,7 @@ class Block:
         return self._beside("memory")
 
     def _beside(self, name: str) -> nn.Module | None:
-        return getattr(self.module, name) if isinstance(self.module, PromptedBlock) else None
+        return getattr(self.module, name) if isinstance(self.module, OpenBlock) else None
 
     @property
     def has_plain_mlp(self) -> bool:
@@ -147,11 +147,11 @@ def stood_for(new: nn.Module) -> nn.Module:
     return vars(new)["_stands_for"][0]
 
 
-class PromptedBlock(nn.Module):
-    """A block that something learned stands beside; its children keep their names.
+class OpenBlock(nn.Module):
+    """A block whose branches are called one by one, so that something can stand between; its children keep their names.
 
     ``cross``, (x, attention) -> [n, L, c], is added to the stream at ``position``; ``memory``, (y, what lies between the MLP's
-    layers) -> [n, L, c], to what the MLP makes of y.
+    layers) -> [n, L, c], to what the MLP makes of y. ``rows``: how many of the first tokens are computed; None for all.
     """
 
     def __init__(
@@ -167,16 +167,16 @@ class PromptedBlock(nn.Module):
         stand_for(self, block)
         self.kind = kind
         self.cross, self.position, self.memory = cross, position, memory
+        self.rows: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [n, L, c] -> [n, L, c]."""
+        """x: [n, L, c] -> [n, L, c], or [n, rows, c]."""
         assert self.kind.attend is not None and self.kind.after is not None
         if self.position == "before-attention":
             x = x + self._crossed(x)
-        if self.position == "beside-attention":
-            x = x + self.kind.attend(self, x) + self._crossed(x)
-        else:
-            x = x + self.kind.attend(self, x)
+        attended = self.kind.attend(self, x)
+        x = x if self.rows is None else x[:, : self.rows]
+        x = x + attended + (self._crossed(x) if self.position == "beside-attention" else 0.0)
         if self.position == "after-attention":
             x = x + self._crossed(x)
         y = self.get_submodule(self.kind.mlp_norm)(x)
@@ -197,7 +197,7 @@ def blocks_of(network: nn.Module) -> Iterator[Block]:
     replaced by an equal (``models.attention``) in blocks that are as their library wrote them.
     """
     for name, module in network.named_modules():
-        if isinstance(module, PromptedBlock):
+        if isinstance(module, OpenBlock):
             yield Block(name, module.kind, module)
             continue
         kind = next((kind for kind in KINDS if kind.is_of(module)), None)

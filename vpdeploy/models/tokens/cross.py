@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vpdeploy.models.attention.layers import join_heads
@@ -24,8 +23,11 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         """x: [n, L, c] -> [n, L, c]."""
         q = attention.queries(x)
-        k, v = (rows.to(q.dtype).expand(q.shape[0], -1, -1, -1) for rows in self.memory(attention))
-        return attention.proj(join_heads(F.scaled_dot_product_attention(q, k, v, scale=attention.scale)))
+        k, v = (
+            rows.to(q.dtype) for rows in self.memory(attention)
+        )  # of no image: written out, they need not be repeated
+        weights = (attention.scale * q @ k.transpose(-2, -1)).softmax(-1)
+        return attention.proj(join_heads(weights.to(v.dtype) @ v))
 
 
 class FoldedCross(nn.Module):

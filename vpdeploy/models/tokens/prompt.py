@@ -1,11 +1,10 @@
-"""Learned tokens in a transformer: put in, taken out, and folded to what they amount to.
+"""Learned tokens in a transformer: put in, and taken out.
 
 Tokens are one tensor for each block that has some, by its name: [N, c]; those of "ffn-memory" [N, 2 c].
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
-from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
-from vpdeploy.models.tokens.blocks import Block, PromptedBlock, blocks_of, stood_for
-from vpdeploy.models.tokens.cross import CrossAttention, fold_cross
-from vpdeploy.models.tokens.feed import FeedMemory, widen
+from vpdeploy.models.attention.memory import PromptTokens
+from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
+from vpdeploy.models.tokens.cross import CrossAttention
+from vpdeploy.models.tokens.feed import FeedMemory
 from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
 
-FOLDED = 1e-3  # relative, float32: the same sums in another order, through all blocks; a wrong fold is off by far more
 PREFIX = "tokens."  # in the state of a prompt, before a block's name
 
 
@@ -107,33 +105,34 @@ def _put(network: nn.Module, block: Block, rows: Tensor, table: TokensTable) -> 
         assert name is not None
         blocks = network.get_submodule(name)
         assert isinstance(blocks, nn.Sequential)
-        _exchange(network, name, WithTokens(blocks, rows, dropout=dropout))
+        exchange(network, name, WithTokens(blocks, rows, dropout=dropout))
     elif table.kind == "cvpt":
         cross = CrossAttention(PromptTokens(rows, nn.Identity(), dropout=dropout))
-        _exchange(network, block.name, PromptedBlock(block.module, block.kind, cross=cross, position=table.position))
+        exchange(network, block.name, OpenBlock(block.module, block.kind, cross=cross, position=table.position))
     else:
         assert table.kind == "ffn-memory", f"no tokens of kind {table.kind!r}"
         memory = FeedMemory(rows, dropout=dropout)
-        _exchange(network, block.name, PromptedBlock(block.module, block.kind, memory=memory))
+        exchange(network, block.name, OpenBlock(block.module, block.kind, memory=memory))
 
 
 def take_tokens(network: nn.Module) -> None:
     """Change ``network``: as it was before ``put_tokens``."""
     for name, module in list(network.named_modules()):
         if isinstance(module, WithTokens):
-            _exchange(network, name, stood_for(module))
+            exchange(network, name, stood_for(module))
     for block in list(blocks_of(network)):
         block.attention.memory = None
-        if isinstance(block.module, PromptedBlock):
-            _exchange(network, block.name, stood_for(block.module))
+        if isinstance(block.module, OpenBlock):
+            exchange(network, block.name, stood_for(block.module))
 
 
 def token_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """Name of a block -> its tokens, as they stand in ``network``; blocks without any are absent."""
-    return {block.name: module.tokens for block, module in _holders(network)}
+    return {block.name: module.tokens for block, module in holders(network)}
 
 
-def _holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTokens | FeedMemory]]:
+def holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTokens | FeedMemory]]:
+    """Each block that has tokens, and the module that holds them."""
     sequences = [module for module in network.modules() if isinstance(module, WithTokens)]
     for number, block in enumerate(blocks_of(network)):
         if number == 0 and sequences:
@@ -141,23 +140,6 @@ def _holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTok
         for part in (block.attention.memory, block.cross_memory, block.mlp_memory):
             if isinstance(part, PromptTokens | FeedMemory):
                 yield block, part
-
-
-@torch.no_grad()
-def fold_tokens(network: nn.Module) -> None:
-    """Change ``network``, which computes in evaluation what it did: keys and values of tokens become constants, what the stream
-    looks at in an attention of its own its cheapest form, and units beside an MLP units of it. Tokens in the sequence stay.
-    """
-    for block, part in list(_holders(network)):
-        part.eval()
-        if isinstance(part, PromptTokens) and part is block.cross_memory:
-            block.module.cross = fold_cross(part.tokens, block.attention)
-        elif isinstance(part, PromptTokens):
-            block.attention.memory = ConstantMemory(*part(block.attention))
-        elif isinstance(part, FeedMemory):
-            first, _, second = block.mlp_layers
-            widen(first, second, part.tokens)
-            _exchange(network, block.name, stood_for(block.module))
 
 
 def _sequence(network: nn.Module) -> str | None:
@@ -172,31 +154,7 @@ def _sequence(network: nn.Module) -> str | None:
     return holder if whole else None
 
 
-def _exchange(network: nn.Module, name: str, new: nn.Module) -> None:
+def exchange(network: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place that is called ``name``."""
     holder, _, last = name.rpartition(".")
     network.get_submodule(holder).add_module(last, new)
-
-
-@torch.no_grad()
-def check_tokens(network: nn.Module, table: TokensTable, *, canvas_size: int) -> None:
-    """Raises: ModelError when ``network`` has no block for tokens of the kind, does not run with them, or not as before when they
-    are folded. It is not changed.
-    """
-    twin = copy.deepcopy(network).eval()
-    put_tokens(twin, new_tokens(twin, table, generator=torch.Generator().manual_seed(0)), table)
-    image = torch.rand(1, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(1))
-    try:
-        expected = twin(image)
-        fold_tokens(twin)
-        folded = twin(image)
-    except Exception as e:  # somebody's forward: whatever it raises
-        raise ModelError(
-            f"prompt.tokens.kind: {type(network).__name__} does not run with tokens of kind {table.kind!r}: {type(e).__name__}: "
-            f"{e}; expected another kind, or 'none'"
-        ) from e
-    difference = float((folded - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-    if not difference <= FOLDED:
-        raise ModelError(
-            f"prompt.tokens.kind: with tokens of kind {table.kind!r} folded, {type(network).__name__} gives logits that differ "
-            f"by {difference:.2g} of the largest; expected at most {FOLDED:g}: another kind, or 'none'"
-        )

@@ -1,0 +1,197 @@
+"""What a transformer computes in evaluation, in its cheapest form: what tokens amount to, and what is read of the last block."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vpdeploy.errors import ModelError
+from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
+from vpdeploy.models.tokens.blocks import Attention, Block, OpenBlock, blocks_of, stood_for
+from vpdeploy.models.tokens.cross import FoldedCross, fold_cross
+from vpdeploy.models.tokens.feed import FeedMemory, widen
+from vpdeploy.models.tokens.prompt import exchange, holders, new_tokens, put_tokens
+from vpdeploy.recipe.tables import TokensTable
+from vpdeploy.values import ChannelGroup, Fold, Member
+
+FOLDED = 1e-3  # relative, float32: the same sums in another order, through all blocks; a wrong fold is off by far more
+LEADING = (1, 2)  # what a classifier may read: the class token; and another for distillation
+
+
+def fold(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
+    """Change ``network``, which computes in evaluation what it did. Gives what was done, and what was not and why; nothing for a
+    network without blocks that tokens can be put into.
+    """
+    return (*fold_tokens(network), *fold_readout(network, canvas_size=canvas_size))
+
+
+@torch.no_grad()
+def fold_tokens(network: nn.Module) -> tuple[Fold, ...]:
+    """Change ``network``: keys and values of tokens become constants, what the stream looks at in an attention of its own its
+    cheapest form, and units beside an MLP units of it. Tokens in the sequence stay.
+    """
+    found: Counter[tuple[bool, str]] = Counter()
+    for block, part in list(holders(network)):
+        part.eval()
+        if isinstance(part, PromptTokens) and part is block.cross_memory:
+            block.module.cross = fold_cross(part.tokens, block.attention)
+            linear = isinstance(block.module.cross, FoldedCross)
+            found[True, "two linear layers" if linear else "constant keys and values"] += 1
+        elif isinstance(part, PromptTokens):
+            block.attention.memory = ConstantMemory(*part(block.attention))
+            found[True, "constant keys and values"] += 1
+        elif isinstance(part, FeedMemory):
+            first, _, second = block.mlp_layers
+            widen(first, second, part.tokens)
+            exchange(network, block.name, stood_for(block.module))
+            found[True, "hidden units of the MLP"] += 1
+        else:
+            found[False, "in the sequence: every block reads what the one before makes of them"] += 1
+    return tuple(
+        Fold("tokens", done, f"{how}, in {count} block{'s' if count > 1 else ''}" if done else how)
+        for (done, how), count in found.items()
+    )
+
+
+@torch.no_grad()
+def fold_readout(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
+    """Change ``network``: its last block computes the tokens alone that the logits depend on, of keys and values of all.
+
+    Whether a token is read is tried: not-a-number in its place reaches the logits if it is.
+    """
+    block = next(reversed(list(blocks_of(network))), None)
+    if block is None:
+        return ()
+    if "swin" in block.kind.library:
+        return (_readout(False, "all of the last block are averaged"),)
+    network.eval()
+    image = torch.rand(2, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(network.parameters()))
+    count, rows = _tokens_read(network, block, image)
+    if rows is None:
+        return (_readout(False, f"more than {LEADING[-1]} of the last block's {count} are read"),)
+    expected, before = network(image), block.module
+    opened = before if isinstance(before, OpenBlock) else OpenBlock(before, block.kind)
+    exchange(network, block.name, opened)
+    attention: Any = block.attention
+    opened.rows = attention.rows = rows
+    try:
+        difference = relative(network(image), expected)
+    except Exception as e:  # somebody's forward: whatever it raises
+        reason = (
+            f"{type(network).__name__} does not run when the last block gives {rows} of {count}: {type(e).__name__}"
+        )
+    else:
+        if difference <= FOLDED:
+            return (_readout(True, f"the last block computes {rows} of {count}: no other is read"),)
+        reason = f"with {rows} of the last block's {count} logits differ by {difference:.2g} of the largest"
+    opened.rows = attention.rows = None
+    exchange(network, block.name, before)
+    return (_readout(False, reason),)
+
+
+def with_constants(groups: Sequence[ChannelGroup], network: nn.Module) -> list[ChannelGroup]:
+    """``groups`` of heads with what ``fold`` made of tokens in ``network`` among their members, so that it is cut with them. The
+    units that it widened an MLP by belong to no group.
+    """
+    names = {id(module): name for name, module in network.named_modules()}
+    further: dict[str, list[tuple[str, int, int]]] = {}  # of a layer of keys: tensor, axis, positions of each head
+    for block in blocks_of(network):
+        attention = names[id(block.attention)]
+        places = further.setdefault(f"{attention}.k.weight", [])
+        for holder, memory in (
+            (attention, block.attention.memory),
+            (f"{block.name}.cross", block.cross_memory),
+        ):
+            if isinstance(memory, ConstantMemory):
+                places += [(f"{holder}.memory.{part}", 1, 1) for part in ("key", "value")]
+        cross = getattr(block.module, "cross", None)
+        if isinstance(cross, FoldedCross):
+            parts = (("scores.weight", 0), ("scores.bias", 0), ("out.weight", 1))
+            places += [(f"{block.name}.cross.{part}", axis, cross.tokens) for part, axis in parts]
+    heads = {
+        f"{name}.k.weight": module.head_dim for name, module in network.named_modules() if isinstance(module, Attention)
+    }
+    return [
+        replace(
+            group,
+            members=(
+                *group.members,
+                *(
+                    Member(
+                        tensor,
+                        axis,
+                        "both",
+                        tuple(range(each * len(channels))),
+                        tuple(c for c in channels for _ in range(each)),
+                    )
+                    for member in group.members
+                    if member.axis == 0 and further.get(member.tensor)
+                    for channels in [member.channels[:: heads[member.tensor]]]
+                    for tensor, axis, each in further[member.tensor]
+                ),
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _readout(done: bool, how: str) -> Fold:
+    return Fold("read-out", done, how)
+
+
+def _tokens_read(network: nn.Module, block: Block, image: Tensor) -> tuple[int, int | None]:
+    """How many tokens ``block`` gives, and how many of the first of them the logits depend on; None for more than ``LEADING``."""
+    count = 0
+
+    def spoil(module: nn.Module, args: object, out: Tensor) -> Tensor:
+        nonlocal count
+        count = out.shape[1]
+        out = out.clone()
+        out[:, rows:] = torch.nan
+        return out
+
+    for rows in LEADING:
+        hook = block.module.register_forward_hook(spoil)
+        try:
+            if bool(network(image).isfinite().all()):
+                return count, rows
+        finally:
+            hook.remove()
+    return count, None
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+@torch.no_grad()
+def check_tokens(network: nn.Module, table: TokensTable, *, canvas_size: int) -> None:
+    """Raises: ModelError when ``network`` has no block for tokens of the kind, does not run with them, or not as before when they
+    are folded. It is not changed.
+    """
+    twin = copy.deepcopy(network).eval()
+    put_tokens(twin, new_tokens(twin, table, generator=torch.Generator().manual_seed(0)), table)
+    image = torch.rand(1, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(1))
+    try:
+        expected = twin(image)
+        fold_tokens(twin)
+        folded = twin(image)
+    except Exception as e:  # somebody's forward: whatever it raises
+        raise ModelError(
+            f"prompt.tokens.kind: {type(network).__name__} does not run with tokens of kind {table.kind!r}: {type(e).__name__}: "
+            f"{e}; expected another kind, or 'none'"
+        ) from e
+    difference = relative(folded, expected)
+    if not difference <= FOLDED:
+        raise ModelError(
+            f"prompt.tokens.kind: with tokens of kind {table.kind!r} folded, {type(network).__name__} gives logits that differ "
+            f"by {difference:.2g} of the largest; expected at most {FOLDED:g}: another kind, or 'none'"
+        )
