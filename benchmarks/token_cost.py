@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from side_by_side import print_machine
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import vit_b_16
 
 from vpdeploy.benching import bench_files
@@ -30,27 +30,13 @@ from vpdeploy.deploy.session import describe_input
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.models.attention.replace import replace_attention
-from vpdeploy.models.tokens.blocks import blocks_of
 from vpdeploy.models.tokens.fold import fold_tokens
-from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
+from vpdeploy.models.tokens.prompt import as_published, new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import BenchTable, TokensTable
 
 SIDE, BLOCKS, WIDTH, LENGTH = 224, 12, 768, 197
 LARGER = 5.0  # than VPT draws them
-
-
-class InSequence(nn.Module):
-    """A block as VPT publishes it: its prompts stand behind the class token, and what comes of them is dropped."""
-
-    def __init__(self, block: nn.Module, tokens: Tensor):
-        super().__init__()
-        self.block, self.tokens = block, nn.Parameter(tokens)
-
-    def forward(self, x: Tensor) -> Tensor:
-        prompts = self.tokens.unsqueeze(0).expand(x.shape[0], -1, -1)
-        out = self.block(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
-        return torch.cat([out[:, :1], out[:, 1 + self.tokens.shape[0] :]], dim=1)
 
 
 def network() -> nn.Module:
@@ -66,11 +52,10 @@ def variants(count: int) -> dict[str, nn.Module]:
     naive, folded = network(), network()
     drawn = new_tokens(folded, table, generator=torch.Generator().manual_seed(1))
     tokens = {name: LARGER * rows for name, rows in drawn.items()}
-    put_tokens(folded, tokens, table)
+    for one in (naive, folded):
+        put_tokens(one, tokens, table)
+    as_published(naive)
     fold_tokens(folded)
-    for block in list(blocks_of(naive)):
-        holder, _, last = block.name.rpartition(".")
-        naive.get_submodule(holder).add_module(last, InSequence(block.module, tokens[block.name]))
     return {f"in the sequence, N = {count}": naive, f"folded, N = {count}": folded}
 
 

@@ -67,7 +67,7 @@ RedoOption = Annotated[
         "--redo",
         metavar="STAGE",
         callback=_known_stage,
-        help="do this stage and all after it again: groups, price, fit, search, cut, tune, export or bench",
+        help="do this stage and all after it again: groups, price, fit, search, condense, cut, tune, export or bench",
     ),
 ]
 OUT_OF_BOUNDS, UNSTEADY = 3, 4
@@ -187,7 +187,7 @@ def sweep(
     loaded, folder = _load(recipe, set_), _folder(recipe, output)
     from vpdeploy.report.sweep import sweep_sheet
     from vpdeploy.report.table import sheet_table
-    from vpdeploy.sweeping import sweep as run_sweep
+    from vpdeploy.sweeping.budgets import sweep as run_sweep
 
     again = ["vpdeploy", "run", str(recipe), *(word for text in set_ or [] for word in ("--set", text))]
     made = run_sweep(loaded, folder, kind=kind, amounts=amounts, again=again, display=Display(err))
@@ -195,6 +195,45 @@ def sweep(
     for point in made.points[1:]:
         out.print(f"{point.budget} {point.requested:g}: {point.command}", soft_wrap=True, highlight=False, markup=False)
     out.print(f"sweep: {folder / 'sweep.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command(rich_help_panel="The road")
+def condense(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE_OR_RUN", help="a recipe with prompt.tokens, or a run of one, whose search is taken"
+        ),
+    ],
+    output: RunOption = None,
+    set_: SetOption = None,
+    keep: Annotated[str, typer.Option(help="shares of the tokens")] = "1,0.7,0.5,0.3,0.2,0.1",
+    score: Annotated[
+        str,
+        typer.Option(help="what decides which stay; random, norm and scratch (as few from the start) are baselines"),
+    ] = "gradient,random,norm,scratch",
+) -> None:
+    """Search once, then keep fewer and fewer of a transformer's tokens: accuracy against tokens kept, with baselines."""
+    try:
+        shares = [float(part) for part in keep.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--keep: got {keep!r}; expected numbers with ',' between them") from None
+    trained = what if what.is_dir() else None
+    if trained is not None and set_:
+        raise typer.BadParameter("--set goes with a recipe; a run has its own")
+    recipe = what if trained is None else what / "recipe.toml"
+    folder = _folder(recipe, output) if trained is None else output or what.with_name(f"{what.name}-condensed")
+    loaded = _load(recipe, set_)
+    from vpdeploy.report.condensation import condensation_sheet
+    from vpdeploy.report.table import sheet_table
+    from vpdeploy.sweeping.condensation import condense as run_condense
+
+    again = ["vpdeploy", "run", str(recipe), *(word for text in set_ or [] for word in ("--set", text))]
+    made = run_condense(
+        loaded, folder, trained=trained, shares=shares, scores=score.split(","), again=again, display=Display(err)
+    )
+    out.print(sheet_table(condensation_sheet(made)))
+    out.print(f"condensation: {folder / 'condensation.html'}", soft_wrap=True, highlight=False)
 
 
 @app.command(rich_help_panel="The road")

@@ -32,7 +32,8 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.reporting import write_report
 from vpdeploy.scoring.select import Selector
 from vpdeploy.scoring.select_weights import WeightSelector, weight_selector
-from vpdeploy.shipping import export_arms, measure_arms, measure_more, unsteady
+from vpdeploy.shipping.bench import measure_arms, measure_more, unsteady
+from vpdeploy.shipping.export import export_arms
 from vpdeploy.stages import FIT_ELSEWHERE, Stage, arm_file, environment_file, read_recipe, training_stages
 from vpdeploy.surgery.certificate import certify, certify_weights, enough_images
 from vpdeploy.surgery.cut import cut

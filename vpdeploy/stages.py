@@ -87,6 +87,8 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
         read["budget.allow_approximate"] = recipe.budget.allow_approximate
     if stage.kind == "price":  # what is exported, and what a candidate is shown
         read |= {key: value for key, value in flatten(recipe).items() if key in _PRICED}
+        if recipe.condense.scope == "global":  # any block may keep all its tokens
+            del read["condense.keep"]
     elif not recipe.budget.reads_target:  # it is measured there, and decides nothing
         read = {key: value for key, value in read.items() if not key.startswith("target.")}
     if stage.arm == FIT_ELSEWHERE:

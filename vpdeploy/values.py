@@ -333,6 +333,43 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class BlockTokens:
+    """Tokens that one block has. ``attention``: the share of its attention that goes to them, over validation images; None where
+    they are not in it.
+    """
+
+    block: str
+    count: int
+    attention: float | None
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """One way to write the network of an arm: "without tokens", "as published" (nothing folded) or "as shipped". ``times``: its
+    median run time over that without tokens, of the same rounds, with an interval at 95 %.
+    """
+
+    form: str
+    macs: int
+    params: int
+    file_bytes: int
+    p50_ms: float
+    times: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The prompt's tokens in a transformer. ``count``: of each block, before condensation."""
+
+    kind: str
+    count: int
+    blocks: tuple[BlockTokens, ...]
+    costs: tuple[TokenCost, ...]
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One arm, measured on the files that ship. Accuracies are fractions; intervals are at 95 %."""
 
@@ -352,6 +389,7 @@ class Measurement:
         default_factory=dict
     )  # form -> bytes by gzip, where weights were set to 0
     folds: tuple[Fold, ...] = ()  # of transformers
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -437,6 +475,36 @@ class Report:
     command: str
     environment: Mapping[str, Any]
     price: Price | None = None  # without the terms of its costs
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class CondensedPoint:
+    """Tokens that stayed by one score: its run and how to get it again, and what came of it. ``score``: "" for all tokens;
+    "scratch" for as few from the start. ``difference``: against all tokens, on the same test images.
+    """
+
+    score: str
+    keep: float
+    tokens: int
+    run: str
+    command: str
+    accuracy_top1: float
+    accuracy_top1_interval: Interval
+    n: int
+    difference: AccuracyDifference | None
+    published: TokenCost
+    shipped: TokenCost
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Condensation:
+    """One search with fewer and fewer tokens; the first point has all."""
+
+    title: str
+    points: tuple[CondensedPoint, ...]
+    environment: Mapping[str, Any]
     schema: int = 1
 
 

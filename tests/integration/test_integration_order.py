@@ -22,7 +22,7 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.recipe.writing import with_values
 from vpdeploy.report.compare import check_consistency
 from vpdeploy.reporting import read_report
-from vpdeploy.shipping import measure_more
+from vpdeploy.shipping.bench import measure_more
 from vpdeploy.stages import Stage, measurement_file
 from vpdeploy.values import Measurement
 

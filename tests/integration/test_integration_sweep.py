@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from integration.command_line import QUICKSTART, SMOKE, Done, fresh, here, settings
 
-from vpdeploy import run_folder, sweeping
+from vpdeploy import run_folder
 from vpdeploy.errors import BudgetError
 from vpdeploy.recipe.reading import parse_recipe
-from vpdeploy.sweeping import _at, _begin_from
+from vpdeploy.stages import read_recipe
+from vpdeploy.sweeping import budgets
+from vpdeploy.sweeping.budgets import at_budget
+from vpdeploy.sweeping.points import begin_from
 from vpdeploy.values import Report, Sweep
 
 BUDGETS = ("--macs-ratio", "0.7,0.4")
@@ -104,7 +107,7 @@ def test_a_point_out_of_reach_is_told_before_anything_is_trained(capsys, tmp_pat
 
 
 def test_a_point_that_only_measuring_refuses_leaves_the_others(swept, capsys, monkeypatch):
-    folder, original = swept[0], sweeping.run
+    folder, original = swept[0], budgets.run
     pages = {path: path.read_bytes() for path in folder.glob("sweep.*")}
 
     def run(recipe, path, **values):
@@ -112,7 +115,7 @@ def test_a_point_that_only_measuring_refuses_leaves_the_others(swept, capsys, mo
             raise BudgetError("budget.macs_ratio: got 0.7; the best reachable is 0.9")
         return original(recipe, path, **values)
 
-    monkeypatch.setattr(sweeping, "run", run)
+    monkeypatch.setattr(budgets, "run", run)
     try:
         done = here(capsys, *sweep_into(folder))
         points = json.loads((folder / "sweep.json").read_bytes())["points"]
@@ -128,7 +131,7 @@ def test_a_point_that_only_measuring_refuses_leaves_the_others(swept, capsys, mo
 def test_a_point_that_was_stopped_as_it_began_goes_on(swept, tmp_path):
     """What it begins from knows of no other budget's search, and keeps the dense arm."""
     shared = swept[0] / "search"
-    _begin_from(shared, tmp_path / "point")
+    begin_from(shared, tmp_path / "point", recipe=read_recipe(shared))
     begun = json.loads((tmp_path / "point" / "stages.json").read_bytes())
     assert {"groups", "fit", "tune:dense"} <= begun.keys() and "search:pruned" not in begun
 
@@ -155,7 +158,7 @@ def test_points_in_time_of_a_recipe_with_speed_leave_it_out(tmp_path):
     )
     (tmp_path / "found.safetensors").touch()
     speeds = {
-        kind: _at(recipe, kind, 0.5, tmp_path / "found.safetensors").budget.speed
+        kind: at_budget(recipe, kind, 0.5, tmp_path / "found.safetensors").budget.speed
         for kind in ("latency_ratio", "latency_ms", "macs_ratio", "file_mib")
     }
     assert speeds == {"latency_ratio": False, "latency_ms": False, "macs_ratio": True, "file_mib": True}

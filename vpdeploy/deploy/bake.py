@@ -77,12 +77,12 @@ class Deployable(nn.Module):
         return cast(Tensor, self.backbone(self.canvas(x)))  # [n, 3, s, s] -> [n, 3, C, C] -> [n, k]
 
 
-def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deployable:
+def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str, folded: bool = True) -> Deployable:
     """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
 
     Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
     whose rows a label map selects. Tokens of ``tuned.prompt`` become what they
-    amount to; without pixels nothing is added to the canvas.
+    amount to, unless it is to stand as it was trained (``folded``); without pixels nothing is added to the canvas.
     """
     if form not in FORMS:
         raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")
@@ -91,7 +91,7 @@ def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str) -> Deploya
         backbone = take_rows(backbone, classifier, tuned.label_map)
     pixels, tokens = split_prompt(tuned.prompt)
     put_tokens(backbone, tokens, recipe.prompt.tokens)
-    folds = fold(backbone, canvas_size=recipe.input.canvas)
+    folds = fold(backbone, canvas_size=recipe.input.canvas) if folded else ()
     prompt = _constant_prompt(pixels, recipe.prompt.pixels, canvas_size=recipe.input.canvas, seed=recipe.seed)
     canvas = Canvas(
         recipe.input.image_size, recipe.input.canvas, mean=recipe.input.mean, std=recipe.input.std, prompt=prompt

@@ -117,6 +117,7 @@ def figure_problems(name: str, arm: Measurement) -> Iterator[str]:
     yield from (
         f"arms.{name}.{key}: got {value}; expected more than 0" for key, value in amounts.items() if not value > 0
     )
+    yield from _token_problems(name, arm)
     for row in arm.latency:
         key = f"arms.{name}.latency[{row.engine}, {row.form}, {row.threads} threads, batch {row.batch}]"
         samples = np.asarray(row.samples_ms, float)
@@ -130,6 +131,17 @@ def figure_problems(name: str, arm: Measurement) -> Iterator[str]:
         ):
             if not math.isclose(got, value, rel_tol=1e-9):
                 yield f"{key}.{figure}: got {got}; the samples beside it say {value:.6g}"
+
+
+def _token_problems(name: str, arm: Measurement) -> Iterator[str]:
+    """Of the file that ships there is one count."""
+    if arm.tokens is not None:
+        shipped = arm.tokens.costs[-1]
+        if (shipped.macs, shipped.params) != (arm.macs, arm.params):
+            yield (
+                f"arms.{name}.tokens: {shipped.form} has {shipped.macs} MACs and {shipped.params} parameters; expected those of "
+                f"the arm, {arm.macs} and {arm.params}"
+            )
 
 
 def prompt_pairs(arms: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from vpdeploy.report.headline import describe, headline, latency_at
 from vpdeploy.report.numbers import significant
-from vpdeploy.values import Certificate, EpochRecord, Interval, Latency, Report
+from vpdeploy.values import BlockTokens, Certificate, EpochRecord, Interval, Latency, Report, Tokens
 
 # Drawn in these colours, which the page exchanges for its own (style.css defines the variables).
 INK, GRID, GHOST = "#1f2329", "#d8dce2", "#c9ced7"
@@ -91,6 +91,32 @@ def widths_figure(certificate: Certificate, arm: str, arms: Sequence[str]) -> st
     return svg[0]
 
 
+def tokens_figure(found: Tokens, arm: str, arms: Sequence[str]) -> str:
+    """Tokens of each block, those that stayed before those that there were, with their share of attention."""
+    with _drawing(0.5 + 0.155 * len(found.blocks), f"tokens {arm}") as (figure, svg):
+        panel: Any = figure.subplots()
+        rows = np.arange(len(found.blocks))
+        had = [max(found.count, block.count) if _has_tokens(found, block) else 0 for block in found.blocks]
+        panel.barh(rows, had, height=0.72, color=GHOST)
+        panel.barh(rows, [block.count for block in found.blocks], height=0.72, color=arm_colour(arm, arms))
+        for row, before, block in zip(rows, had, found.blocks, strict=True):
+            share = "" if block.attention is None else f", {100 * block.attention:.1f} % of attention"
+            panel.text(before + 0.008 * found.count, row, f"{block.count} / {before}{share}", va="center", fontsize=5.6)
+        panel.set_yticks(rows, [_short(block.block) for block in found.blocks])
+        panel.set_ylim(len(found.blocks) - 0.4, -0.6)
+        panel.set_xlim(0, 1.35 * found.count)
+        panel.set_xlabel("tokens")
+        panel.grid(visible=False, axis="y")
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    return svg[0]
+
+
+def _has_tokens(found: Tokens, block: BlockTokens) -> bool:
+    """Tokens of vpt-shallow are the first block's."""
+    return found.kind != "vpt-shallow" or block is found.blocks[0]
+
+
 @dataclass(frozen=True)
 class Point:
     """A network in a plane of cost and accuracy: both with intervals at 95 % where they have one."""
@@ -162,6 +188,38 @@ def pareto_figure(planes: Mapping[str, Sequence[Point]], *, name: str) -> str:
             panel.set_xlim(left=0)
             panel.margins(x=0.12)
         panels[0].set_ylabel("top-1, %")
+    return svg[0]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a curve: accuracy with its interval at 95 %."""
+
+    amount: float
+    accuracy: float
+    interval: Interval
+
+
+def curves_figure(curves: Mapping[str, Sequence[Mark]], *, label: str, name: str) -> str:
+    """Accuracy against an amount, a line for each curve."""
+    colours = [*ARM_COLOURS.values(), *OTHER_COLOURS]
+    with _drawing(2.6, name) as (figure, svg):
+        panel: Any = figure.subplots()
+        span = max(mark.amount for marks in curves.values() for mark in marks)
+        for number, (curve, marks) in enumerate(curves.items()):
+            colour, aside = (
+                colours[(number + 2) % len(colours)],
+                0.004 * span * number,
+            )  # so that intervals stand side by side
+            marks = sorted(marks, key=lambda mark: mark.amount)
+            x, y = [mark.amount + aside for mark in marks], [100 * mark.accuracy for mark in marks]
+            low, high = zip(*((100 * a, 100 * b) for a, b in (mark.interval for mark in marks)), strict=True)
+            panel.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.1, label=curve)
+            panel.vlines(x, low, high, color=colour, linewidth=0.6)
+        panel.set_xlabel(label)
+        panel.set_ylabel("top-1, %")
+        panel.set_xlim(left=0)
+        panel.legend(frameon=False, fontsize=5.8)
     return svg[0]
 
 

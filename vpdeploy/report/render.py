@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from vpdeploy.report import figures, sheets
+from vpdeploy.report import figures, sheets, tokens
 from vpdeploy.report.budget import budget_lines, came_to
 from vpdeploy.report.headline import describe, factor_at, headline, main_arm
 from vpdeploy.report.numbers import factor, factor_range, percent, points, points_range
@@ -92,6 +92,11 @@ def _contents(report: Report) -> dict[str, Any]:
             }
             for name, certificate in report.certificates.items()
         },
+        "folds": tokens.folds(report),
+        "tokens": {
+            name: {"costs": tokens.costs(found), "blocks": tokens.blocks(found)}
+            for name, found in tokens.tokens_of(report).items()
+        },
         "partings": partings(report),
         "reach": _reach(report),
         "scenarios": sheets.scenarios(report),
@@ -120,6 +125,9 @@ def _charts(report: Report) -> dict[str, Any]:
         "accuracy_chart": Markup(accuracy) if accuracy else None,
         "pareto_chart": Markup(pareto) if pareto else None,
         "latency_chart": Markup(latency) if latency else None,
+        "token_charts": {
+            name: Markup(figures.tokens_figure(found, name, arms)) for name, found in tokens.tokens_of(report).items()
+        },
         "width_charts": {name: Markup(svg) for name, svg in widths.items() if svg},
         "colours": {name: figures.VARIABLES.get(c, c) for name in arms for c in [figures.arm_colour(name, arms)]},
     }

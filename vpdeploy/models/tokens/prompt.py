@@ -16,7 +16,7 @@ from vpdeploy.models.attention.memory import PromptTokens
 from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
 from vpdeploy.models.tokens.cross import CrossAttention
 from vpdeploy.models.tokens.feed import FeedMemory
-from vpdeploy.models.tokens.sequence import WithTokens
+from vpdeploy.models.tokens.sequence import InSequence, WithTokens
 from vpdeploy.recipe.tables import TokensTable
 
 PREFIX = "tokens."  # in the state of a prompt, before a block's name
@@ -140,6 +140,16 @@ def holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithToke
         for part in (block.attention.memory, block.cross_memory, block.mlp_memory):
             if isinstance(part, PromptTokens | FeedMemory):
                 yield block, part
+
+
+def as_published(network: nn.Module) -> None:
+    """Change ``network``: deep tokens stand in the sequence. In windows they stay what they were, keys and values that are
+    computed from them at each call.
+    """
+    for block, part in list(holders(network)):
+        if isinstance(part, PromptTokens) and part is block.attention.memory and "swin" not in block.kind.library:
+            block.attention.memory = None
+            exchange(network, block.name, InSequence(block.module, part.tokens.detach()))
 
 
 def _sequence(network: nn.Module) -> str | None:

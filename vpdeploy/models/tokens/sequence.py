@@ -1,4 +1,4 @@
-"""Tokens in the sequence from the first block to the last (VPT-shallow, arXiv:2203.12119)."""
+"""Tokens in the sequence (VPT, arXiv:2203.12119): from the first block to the last, or those of one block alone."""
 
 from __future__ import annotations
 
@@ -28,3 +28,19 @@ class WithTokens(nn.Module):
         for block in self.children():
             x = block(x)
         return x[:, :length]  # fewer where the last block computes fewer
+
+
+class InSequence(nn.Module):
+    """A block as VPT-deep is published: its tokens stand in the sequence, and what comes of them is dropped. Nothing trains or
+    ships so: it is what keys and values are compared with.
+    """
+
+    def __init__(self, block: nn.Module, tokens: Tensor):
+        super().__init__()
+        self.block = block
+        self.tokens = nn.Parameter(tokens, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, L, c] -> [n, L, c]."""
+        rows = self.tokens.to(x.dtype).expand(x.shape[0], -1, -1)
+        return self.block(torch.cat([x, rows], dim=1))[:, : x.shape[1]]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +11,11 @@ from vpdeploy import run_folder
 from vpdeploy.errors import BudgetError, RecipeError
 from vpdeploy.pipeline import run, search_only
 from vpdeploy.progress import Display
-from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.recipe.tables import BUDGETS, RATIOS, Recipe
-from vpdeploy.recipe.writing import dump_recipe, with_values
 from vpdeploy.report.sweep import render_sweep, sweep_of
-from vpdeploy.stages import Ledger, read_recipe
+from vpdeploy.stages import read_recipe
+from vpdeploy.sweeping.points import SHARED, begin_from, settled, written
 from vpdeploy.values import Report, Sweep
-
-SHARED = "search"  # the run that all points begin from
 
 
 def sweep(
@@ -36,7 +31,7 @@ def sweep(
     """
     _check(kind, amounts)
     found = (folder / SHARED / "found.safetensors").resolve()
-    recipes = {amount: _at(recipe, kind, amount, found) for amount in amounts}  # before anything is trained
+    recipes = {amount: at_budget(recipe, kind, amount, found) for amount in amounts}  # before anything is trained
     with run_folder.held(folder):  # the points stand in one sweep.json
         command = shlex.join([*again, "-o", str(folder / SHARED)])
         search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
@@ -45,14 +40,14 @@ def sweep(
         missed: dict[float, str] = {}
         made: Sweep | None = None
         for amount, of_point in recipes.items():
-            name = f"{kind}-{_written(amount)}"
+            name = f"{kind}-{written(amount)}"
             path = folder / name
-            told = [f"budget.{kind}={_written(amount)}", f"search.found={found}"]
+            told = [f"budget.{kind}={written(amount)}", f"search.found={found}"]
             if recipe.budget.speed != of_point.budget.speed:
                 told.append("budget.speed=false")
             commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
             if not (path / "stages.json").exists():
-                _begin_from(folder / SHARED, path)
+                begin_from(folder / SHARED, path, recipe=read_recipe(folder / SHARED))
             display.say(f"{kind} {amount:g}:")
             try:
                 reports[name] = run(of_point, path, command=commands[name], display=display)
@@ -75,11 +70,6 @@ def sweep(
     return made
 
 
-def _written(amount: float) -> str:
-    """Short where that is the same number."""
-    return f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
-
-
 def _check(kind: str, amounts: Sequence[float]) -> None:
     expected = "above 0 and at most 1" if kind in RATIOS else "a finite number above 0"
     problems = [
@@ -87,26 +77,16 @@ def _check(kind: str, amounts: Sequence[float]) -> None:
         for amount in amounts
         if not 0 < amount <= (1 if kind in RATIOS else sys.float_info.max)
     ]
-    names = [_written(amount) for amount in amounts]  # as folders are called
+    names = [written(amount) for amount in amounts]  # as folders are called
     twice = [amount for number, amount in enumerate(amounts) if names[number] in names[:number]]
     problems += [f"--{kind.replace('_', '-')}: got {amount:g} twice; expected each once" for amount in twice]
     if problems or not amounts:
         raise RecipeError("sweep", problems or ["expected at least one budget, such as --macs-ratio 0.7,0.5"])
 
 
-def _at(recipe: Recipe, kind: str, amount: float, found: Path) -> Recipe:
+def at_budget(recipe: Recipe, kind: str, amount: float, found: Path) -> Recipe:
     """Under this budget alone, from the scores in ``found``; read as if it came from disk, where it will be."""
     values = {f"budget.{other}": None for other in BUDGETS} | {f"budget.{kind}": amount, "search.found": str(found)}
     if kind.startswith("latency"):
         values["budget.speed"] = False  # importance is weighed against time in any case
-    written = tomllib.loads(dump_recipe(with_values(recipe, values)))
-    return parse_recipe(written, where=f"sweep, {kind} {amount:g}", folder=found.parent)
-
-
-def _begin_from(shared: Path, path: Path) -> None:
-    """A run folder in which stage 0 and the dense arms stand done. It appears under its name when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(shared, part, ignore=shutil.ignore_patterns("*.lock", ".lock", "state"))
-    Ledger(part / "stages.json", inputs={}, machine={}).forget("search", read_recipe(shared))
-    part.rename(path)
+    return settled(recipe, values, where=f"sweep, {kind} {amount:g}", folder=found.parent)
