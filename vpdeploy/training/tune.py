@@ -14,12 +14,10 @@ from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import Journal
 from vpdeploy.surgery.masked_weights import set_to_zero
 from vpdeploy.training.fit import at_rest
-from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt, build_canvas, prompt_state
+from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt, prompt_state
+from vpdeploy.training.teacher import teacher_of
 from vpdeploy.training.weights import (
-    Teacher,
     WeightSchedule,
-    asked_every_step,
-    asked_once,
     freeze_all_but,
     train_weights,
 )
@@ -66,18 +64,8 @@ def tune(
         augment=recipe.data.augment,
     )
     zeros = partial(set_to_zero, network.backbone, mask) if mask else None
-    teacher = _teacher(dense, data, recipe, compute, share=table.distill) if table.distill else None
+    teacher = teacher_of(dense, data, recipe, compute, share=table.distill)
     train_weights(network, data, schedule=schedule, journal=journal, display=display, teacher=teacher, after_step=zeros)
     state = prompt_state(network)
     take_tokens(network.backbone)
     return Tuned(at_rest(network.backbone), state, None if label_map is None else tuple(label_map))
-
-
-def _teacher(dense: Dense, data: TrainingData, recipe: Recipe, compute: Compute, *, share: float) -> Teacher:
-    table, backbone = recipe.tune, copy.deepcopy(dense.backbone).requires_grad_(False)
-    network = Prompted(build_canvas(recipe, prompted=False), backbone, compute, label_map=dense.label_map).eval()
-    if table.teacher == "once":
-        outputs = asked_once(network, data.train, mirrored="flip" in recipe.data.augment)
-    else:
-        outputs = asked_every_step(network)
-    return Teacher(outputs, share, table.temperature)

@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vpdeploy.data.prepared import Images, batches
 from vpdeploy.progress import Display
 from vpdeploy.run_folder import Journal
-from vpdeploy.training.evaluate import EVALUATION_BATCH
 from vpdeploy.training.loop import Course, train
-from vpdeploy.training.network import Prompted, TrainingData, prompt_parameters, set_learning_rates, to_pixels
-
-Outputs = Callable[[Tensor, Tensor], Tensor]  # a batch [n, 3, s, s], its places among the training images [n] -> [n, k]
+from vpdeploy.training.network import Prompted, TrainingData, prompt_parameters, set_learning_rates
+from vpdeploy.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -37,45 +34,6 @@ class WeightSchedule:
     decays: bool = True  # along a cosine to 0; else all rates stay as they are
     earlier: int = 0  # epochs of the stage that were trained before
     total: int | None = None  # epochs of the stage, where it has several parts
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Outputs that a network learns to give, beside the labels (Hinton et al., arXiv:1503.02531)."""
-
-    outputs: Outputs
-    share: float
-    temperature: float
-
-    def divergence(self, logits: Tensor, images: Tensor, places: Tensor) -> Tensor:
-        """Kullback-Leibler, of both softened by the temperature T, times T^2: its gradient keeps its size whatever T is."""
-        mine = F.log_softmax(self.outputs(images, places) / self.temperature, dim=1)
-        other = F.log_softmax(logits / self.temperature, dim=1)
-        return F.kl_div(other, mine, reduction="batchmean", log_target=True) * self.temperature**2
-
-
-def asked_every_step(network: Prompted) -> Outputs:
-    """The outputs of ``network`` for the very batch that the other one sees."""
-
-    @torch.no_grad()
-    def outputs(images: Tensor, places: Tensor) -> Tensor:
-        return network(images, fast=True)
-
-    return outputs
-
-
-def asked_once(network: Prompted, images: Images, *, mirrored: bool) -> Outputs:
-    """The outputs of ``network`` for each of ``images`` as it is, remembered; ``mirrored``: their mean with those for its mirror
-    image. Shifts are not looked at: one pass in place of one in every epoch.
-    """
-    network.eval()
-    device, parts = network.compute.device, []
-    with torch.no_grad():
-        for pixels, _ in batches(images, torch.arange(len(images)), EVALUATION_BATCH):
-            views = [pixels, pixels.flip(3)] if mirrored else [pixels]
-            parts.append(torch.stack([network(to_pixels(view, device), fast=True) for view in views]).mean(dim=0))
-    remembered = torch.cat(parts)
-    return lambda images, places: remembered[places.to(device)]
 
 
 def train_weights(

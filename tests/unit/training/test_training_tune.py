@@ -15,8 +15,8 @@ from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
 from vpdeploy.training import tune as module
 from vpdeploy.training.network import Compute, Prompted, build_canvas, prompt_state
+from vpdeploy.training.teacher import Teacher, asked_every_step, asked_once
 from vpdeploy.training.tune import tune
-from vpdeploy.training.weights import Teacher, asked_every_step, asked_once
 from vpdeploy.values import ChannelMask, Dense, Tuned
 
 
