@@ -308,6 +308,18 @@ def _token_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if tokens.kind == "none":
         return
+    if tokens.init == "prototype" and not tokens.kind.startswith("vpt"):
+        yield (
+            (*kind, "prompt.tokens.init"),
+            f"prompt.tokens.init: got 'prototype' for kind {tokens.kind!r}, whose tokens are none of the sequence; expected "
+            "'uniform', or one of vpt-deep, vpt-shallow",
+        )
+    if tokens.init == "uniform" and tokens.prototype != "rows":
+        yield (
+            ("prompt.tokens.init", "prompt.tokens.prototype"),
+            f"prompt.tokens.prototype: got {tokens.prototype!r} with prompt.tokens.init = 'uniform', which does not read it; "
+            'leave it out, or set init = "prototype"',
+        )
     if tokens.kind != "cvpt" and tokens.position != "after-attention":
         yield (
             (*kind, "prompt.tokens.position"),

@@ -179,6 +179,14 @@ class TokensTable(Table):
     position: Literal["before-attention", "beside-attention", "after-attention", "before-mlp", "after-mlp"] = Field(
         default="after-attention", description="cvpt: where in the block the stream looks at them"
     )
+    init: Literal["uniform", "prototype"] = Field(
+        default="uniform",
+        description="where they start; uniform: as their authors draw them; prototype: as tokens of training images that their block reads (VPT)",
+    )
+    prototype: Literal["rows", "mean", "max", "k-means"] = Field(
+        default="rows",
+        description="rows: some of them; mean, max: some pooled over patches beside each other; k-means: centres of all",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the tokens, in training")
     stages: Literal["both", "search", "tune"] = Field(
         default="both", description="where they are learned; search: then none are exported"

@@ -27,7 +27,7 @@ def condense(task: SearchTask, found: Found, data: TrainingData, *, recipe: Reci
     pixels, tokens = split_prompt(found.prompt)
     if table.score == "gradient":
         start = replace(task, dense=Dense(with_tensors(task.dense, found), found.label_map))
-        network = masked_network(start, recipe, compute, trains=False, prompt=found.prompt).eval()
+        network = masked_network(start, data, recipe, compute, trains=False, prompt=found.prompt).eval()
         gates = hard_mask(task.selector, as_row(found.scores, task)).float().to(compute.device)
         scores = gradient_scores(token_parameters(inner(network)), _logits(network, gates, data, recipe))
     elif table.score == "norm":

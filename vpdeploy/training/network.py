@@ -15,12 +15,15 @@ from vpdeploy.data.prepared import Images, batches
 from vpdeploy.data.resize import PIXEL_SCALE
 from vpdeploy.models.tokens.prompt import PREFIX as TOKENS
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, split_prompt, token_parameters
+from vpdeploy.models.tokens.prototypes import prototypes
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.surgery.gates import Gated
 from vpdeploy.surgery.masked_weights import MaskedWeights
 from vpdeploy.training.streams import derive, stream
+
+PROTOTYPED = 64  # images that tokens begin as prototypes of
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,13 @@ def build_canvas(recipe: Recipe, *, prompted: bool) -> Canvas:
 def add_prompt(
     backbone: nn.Module,
     recipe: Recipe,
+    data: TrainingData,
     *,
     stage: Literal["search", "tune"] | None,
     state: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Canvas:
     """The prompt that learns in ``stage``, as ``state`` has it, or where it begins: the canvas with its pixels, and its tokens
-    put into ``backbone``, which is changed. Without a stage there is none.
+    put into ``backbone``, which is changed. Without a stage there is none. data: whose images prototypes are of.
     """
     pixels, tokens = split_prompt(state)
     canvas = build_canvas(recipe, prompted=stage is not None and recipe.prompt.pixels.learned_in(stage))
@@ -104,9 +108,19 @@ def add_prompt(
         canvas.prompt.load_state_dict(pixels)
     table = recipe.prompt.tokens
     if stage is not None and table.learned_in(stage):
-        drawn = stream(recipe.seed, "prompt", 0, "tokens")
-        put_tokens(backbone, tokens or new_tokens(backbone, table, generator=drawn), table)
+        put_tokens(backbone, tokens or _first_tokens(backbone, recipe, data), table)
     return canvas
+
+
+def _first_tokens(backbone: nn.Module, recipe: Recipe, data: TrainingData) -> dict[str, Tensor]:
+    table, drawn = recipe.prompt.tokens, stream(recipe.seed, "prompt", 0, "tokens")
+    if table.init == "uniform":
+        return new_tokens(backbone, table, generator=drawn)
+    order = torch.randperm(len(data.train), generator=drawn)[:PROTOTYPED]
+    canvas, device = build_canvas(recipe, prompted=False), next(backbone.parameters()).device
+    images = torch.cat([pixels for pixels, _ in batches(data.train, order, PROTOTYPED)])
+    shown = canvas.to(device).normalise(canvas.place(to_pixels(images, device), prompted=False))
+    return prototypes(backbone, shown, table, generator=drawn)
 
 
 def prompt_state(network: Prompted) -> dict[str, Tensor]:

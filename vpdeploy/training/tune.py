@@ -49,7 +49,7 @@ def tune(
     backbone = copy.deepcopy(backbone).requires_grad_(True)
     if table.what == "head":
         freeze_all_but(backbone, backbone.get_submodule(classifier))
-    canvas = add_prompt(backbone, recipe, stage=None if prompt is None else "tune", state=prompt or {})
+    canvas = add_prompt(backbone, recipe, data, stage=None if prompt is None else "tune", state=prompt or {})
     network = Prompted(canvas, backbone, compute, label_map=label_map)
     schedule = WeightSchedule(
         streams="tune",

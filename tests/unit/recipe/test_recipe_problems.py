@@ -190,6 +190,14 @@ ONE_PROBLEM = [
         "search.granularity: got '2:4' with tokens of kind 'ffn-memory'; expected 'channel': in the file they are weights of",
     ),
     (
+        {"prompt": {"tokens": {"kind": "cvpt", "init": "prototype"}}},
+        "prompt.tokens.init: got 'prototype' for kind 'cvpt', whose tokens are none of the sequence; expected 'uniform', or ",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep", "prototype": "max"}}},
+        "prompt.tokens.prototype: got 'max' with prompt.tokens.init = 'uniform', which does not read it; leave it out, or set",
+    ),
+    (
         {"budget": {"speed": True}, "search": {"method": "taylor"}},
         "budget.speed: got true with search.per_cost = false, which weighs nothing against time; expected true there",
     ),

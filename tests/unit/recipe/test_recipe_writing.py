@@ -57,6 +57,8 @@ def other(key: str, value: object) -> object:
         "prompt.tokens.kind": "cvpt",
         "prompt.tokens.stages": "tune",
         "prompt.tokens.position": "after-mlp",
+        "prompt.tokens.init": "prototype",
+        "prompt.tokens.prototype": "max",
         "condense.score": "norm",
         "condense.scope": "layer",
         "model.head": "replace",

@@ -103,6 +103,25 @@ def test_tokens_learn_in_a_search_and_are_no_weights(tmp_path, method):
     assert all(torch.equal(again.prompt[name], rows) for name, rows in found.prompt.items())
 
 
+def test_prototypes_are_of_the_unprompted_network_on_training_images(tmp_path):
+    """A rate of next to nothing leaves them where they began: what the second block reads of one of the images."""
+    network, recipe = vit(), settled(prompt__tokens__init="prototype", search__epochs=1, search__prompt_lr=1e-12)
+    tokens = split_prompt(searched(tmp_path, recipe, network).prompt)[1]
+    canvas = build_canvas(recipe, prompted=False)
+    pixels = tiny.data().train.pixels
+    assert pixels is not None
+    first, second = blocks_of(network)
+    seen: list[Tensor] = []
+    hook = second.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(canvas(pixels / 255))
+    hook.remove()
+    there = seen[0][:, 1:].flatten(0, 1)
+    nearest = torch.cdist(tokens[second.name].double(), there.double()).amin(dim=1)
+    assert float(nearest.max()) < 1e-4 * float(there.norm(dim=1).mean())
+    assert not torch.equal(tokens[first.name], tokens[second.name])
+
+
 def test_without_a_prompt_in_the_arm_there_are_none(tmp_path):
     found = searched(tmp_path, settled(search__epochs=1), vit(), prompted=False)
     assert found.prompt == {}
@@ -144,7 +163,7 @@ def test_what_is_baked_computes_what_was_tuned():
     first, second = drawn(network, scale=8.0).items()
     prompt = {f"tokens.{first[0]}": first[1][:2], f"tokens.{second[0]}": second[1]}
     backbone = copy.deepcopy(network)
-    canvas = add_prompt(backbone, recipe, stage="tune", state=prompt)
+    canvas = add_prompt(backbone, recipe, tiny.data(), stage="tune", state=prompt)
     images = torch.rand(4, 3, tiny.SIZE, tiny.SIZE, generator=torch.Generator().manual_seed(1))
     expected = Prompted(canvas, backbone, tiny.COMPUTE).eval()(images)
     plain = Prompted(build_canvas(recipe, prompted=False), network, tiny.COMPUTE).eval()(images)

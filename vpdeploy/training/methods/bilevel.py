@@ -39,7 +39,7 @@ def bilevel(
     the sum over all weights that read it. ``search.strength`` is 1 / gamma.
     """
     table = recipe.search
-    network = masked_network(task, recipe, compute, trains=True)
+    network = masked_network(task, data, recipe, compute, trains=True)
     backbone = inner(network)
     scores = as_row(importance("magnitude", network, task, data.train, recipe=recipe), task).to(compute.device)
     prompt = prompt_parameters(network)

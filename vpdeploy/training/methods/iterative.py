@@ -37,7 +37,7 @@ def iterative(
     assert table.distill != "auto", "a run settles it"
     teacher = teacher_of(task.dense, data, recipe, compute, share=table.distill)
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
-    canvas = add_prompt(backbone, recipe, stage=task.stage)
+    canvas = add_prompt(backbone, recipe, data, stage=task.stage)
 
     def network_of(part: nn.Module) -> Prompted:
         return Prompted(canvas, part, compute, label_map=task.dense.label_map)

@@ -176,7 +176,7 @@ class _Learner:
 def _learner(
     task: SearchTask, data: TrainingData, recipe: Recipe, compute: Compute, *, initial: Initial, frozen: bool
 ) -> _Learner:
-    network = masked_network(task, recipe, compute, trains=False)
+    network = masked_network(task, data, recipe, compute, trains=False)
     scores = torch.zeros(task.count, device=compute.device, requires_grad=not frozen)
     optimizer = torch.optim.Adam(
         [{"params": [scores]}, {"params": prompt_parameters(network)}], lr=recipe.search.score_lr

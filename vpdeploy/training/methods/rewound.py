@@ -30,7 +30,7 @@ def rewound(
     last: list[Prompted] = []
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
-        network = masked_network(task, recipe, compute, trains=True)
+        network = masked_network(task, data, recipe, compute, trains=True)
         train_weights(
             network,
             data,

@@ -33,7 +33,7 @@ def sparse(
     """
     table = recipe.search
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
-    canvas = add_prompt(backbone, recipe, stage=task.stage)
+    canvas = add_prompt(backbone, recipe, data, stage=task.stage)
     network = Prompted(canvas, backbone, compute, label_map=task.dense.label_map)
     strength = STRENGTH[table.method] if table.strength is None else table.strength
     slim = table.method == "slim"

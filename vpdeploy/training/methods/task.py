@@ -100,6 +100,7 @@ def schedule_of(
 
 def masked_network(
     task: SearchTask,
+    data: TrainingData,
     recipe: Recipe,
     compute: Compute,
     *,
@@ -108,7 +109,7 @@ def masked_network(
 ) -> Prompted:
     """A copy of the dense network behind masks, with a new prompt, or ``prompt``. ``trains``: whether its weights do."""
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(trains)
-    canvas = add_prompt(backbone, recipe, stage=task.stage, state=prompt)
+    canvas = add_prompt(backbone, recipe, data, stage=task.stage, state=prompt)
     return Prompted(canvas, task.masked(backbone), compute, label_map=task.dense.label_map)
 
 
