@@ -40,7 +40,7 @@ def recipe(values: dict[str, Any] | None = None) -> Recipe:
         "budget": {"macs_ratio": 0.6, "round_to": 2},
         "tune": {"epochs": 2, "batch_size": 8, "distill": 0},
     }
-    return with_values(parse_recipe(raw, where="tiny", folder=Path(".")), {"search.distill": 0.0, **(values or {})})
+    return with_values(parse_recipe(raw, where="tiny", folder=Path(".")), values or {})
 
 
 def images(count: int, *, seed: int, classes: int = CLASSES) -> Images:

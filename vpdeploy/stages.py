@@ -83,8 +83,6 @@ def values_read(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     else:
         tables = (*_CONDENSED, "tune", "export", "bench")
     read = {k: v for k, v in flatten(recipe).items() if k.partition(".")[0] in tables and k not in _NOT_READ}
-    if "search" in tables and recipe.search.method == "iterative" and recipe.search.distill:
-        read |= {"tune.teacher": recipe.tune.teacher, "tune.temperature": recipe.tune.temperature}
     if stage.kind == "groups":
         read["budget.allow_approximate"] = recipe.budget.allow_approximate
     if stage.kind == "price":  # what is exported, and what a candidate is shown

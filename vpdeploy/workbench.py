@@ -193,8 +193,6 @@ def _settle(recipe: Recipe, built: Built) -> Recipe:
     if recipe.tune.distill == "auto":
         learned = values.get("fit.what", recipe.fit.what) != "head" and built.head not in ("flm", "ilm")
         values["tune.distill"] = 0.9 if learned else 0.0
-    if recipe.search.method == "iterative" and recipe.search.distill == "auto":
-        values["search.distill"] = values.get("tune.distill", recipe.tune.distill)
     if recipe.compute.workers == "auto":
         values["compute.workers"] = (
             len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1

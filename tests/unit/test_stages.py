@@ -222,16 +222,6 @@ def test_every_stage_has_a_place_in_the_order():
     assert {stage.kind for stage in stages_of(recipe())} | {"condense"} == set(ORDER)
 
 
-@pytest.mark.parametrize(
-    ("method", "share", "reads"), [("iterative", 0.9, True), ("iterative", 0.0, False), ("vpns", 0.9, False)]
-)
-def test_a_search_that_is_taught_reads_how(method, share, reads):
-    taught = recipe(search__method=method, search__distill=share)
-    found = values_read(Stage("search", "pruned"), taught)
-    assert ("tune.temperature" in found and "tune.teacher" in found) == reads
-    assert "tune.temperature" not in values_read(Stage("fit"), taught)
-
-
 @pytest.mark.parametrize(("scope", "reads"), [("global", False), ("layer", True)])
 def test_the_price_depends_on_what_condensing_surely_takes(scope, reads):
     condensed = recipe(condense__keep=0.5, condense__scope=scope)

@@ -256,7 +256,7 @@ METHOD_KEYS: dict[str, frozenset[str]] = {
     "bip": _TRAINED | {"strength", "score_lr"},
     "omp": _TRAINED | {"norm", "per_cost"},
     "lth": _TRAINED | {"norm", "rounds", "per_cost"},
-    "iterative": _TRAINED | {"rounds", "per_cost", "distill"},
+    "iterative": _TRAINED | {"rounds", "per_cost"},
 }
 
 
@@ -300,10 +300,6 @@ class SearchTable(Table):
     per_cost: bool | None = Field(
         default=None,
         description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign); absent: for iterative alone",
-    )
-    distill: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
-        default="auto",
-        description="iterative: share of the loss that compares with the dense network's outputs, as tune.teacher and tune.temperature say; auto: tune.distill",
     )
     score_init: Literal["scaled", "taylor", "random"] = Field(
         default="scaled",

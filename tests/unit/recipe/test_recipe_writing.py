@@ -69,7 +69,6 @@ def other(key: str, value: object) -> object:
         "search.method": "hydra",
         "search.norm": "l1",
         "search.score_init": "random",
-        "search.distill": 0.5,
         "tune.optimizer": "adamw",
         "tune.what": "head",
         "tune.distill": 0.5,

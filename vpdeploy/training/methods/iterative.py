@@ -18,7 +18,6 @@ from vpdeploy.surgery.plan import plan
 from vpdeploy.training.methods.criteria import importance
 from vpdeploy.training.methods.task import SearchTask, as_row, found_of, schedule_of
 from vpdeploy.training.network import Compute, Prompted, TrainingData, add_prompt
-from vpdeploy.training.teacher import teacher_of
 from vpdeploy.training.weights import train_weights
 from vpdeploy.values import Found
 
@@ -30,12 +29,9 @@ def iterative(
 ) -> Found:
     """In each of ``search.rounds``, the weakest channels by "taylor" go; between two rounds what is left, and the prompt, train
     at a rate that does not decay: channels that are gone are cut off for that long, weights that are gone masked. The epochs
-    are shared by the rounds - 1 pauses; weights stay as they became, those of channels that went as they were then. The dense
-    network teaches as it does in tuning.
+    are shared by the rounds - 1 pauses; weights stay as they became, those of channels that went as they were then.
     """
     table = recipe.search
-    assert table.distill != "auto", "a run settles it"
-    teacher = teacher_of(task.dense, data, recipe, compute, share=table.distill)
     backbone = copy.deepcopy(task.dense.backbone).requires_grad_(True)
     canvas = add_prompt(backbone, recipe, data, stage=task.stage)
 
@@ -46,8 +42,7 @@ def iterative(
         schedule = schedule_of(recipe, weight_decay=WEIGHT_DECAY, part=pause, parts=table.turns - 1, decays=False)
         # Scores are taken again when a run goes on, elsewhere perhaps: what trained under another mask is of other channels.
         own = journal.part(pause, under=mask.bool().cpu().numpy().tobytes())
-        network = network_of(part)
-        train_weights(network, data, schedule=schedule, journal=own, display=display, gates=gates, teacher=teacher)
+        train_weights(network_of(part), data, schedule=schedule, journal=own, display=display, gates=gates)
 
     def scores_under(turn: int, gates: Tensor) -> Tensor:
         gates = gates.to(compute.device)
