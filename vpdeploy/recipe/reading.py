@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from vpdeploy.errors import ModelError, RecipeError
+from vpdeploy.recipe.explaining import explain, wrong_keys
 from vpdeploy.recipe.paths import absolute
-from vpdeploy.recipe.problems import Problem, cross_field, explain, wrong_keys
+from vpdeploy.recipe.problems import Problem, cross_field
 from vpdeploy.recipe.tables import BUDGETS, BenchTable, ModelTable, Recipe
 
 
