@@ -17,7 +17,7 @@ from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory
 from vpdeploy.models.tokens.blocks import OpenBlock, blocks_of
 from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
-from vpdeploy.models.tokens.fold import fold, fold_tokens
+from vpdeploy.models.tokens.fold import fold, fold_tokens, with_constants
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, take_tokens, token_parameters
 from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
@@ -300,6 +300,23 @@ def test_what_was_folded_is_told(kind, folds):
     counts = (4, 5, 20) if kind == "cvpt" else ()
     network = prompted(replaced(torchvision_vit()), table(kind, count=max(counts, default=4)), counts=counts)
     assert [(made.done, made.how) for made in fold_tokens(network)] == folds
+
+
+@pytest.mark.parametrize(("kind", "count"), [*((kind, 4) for kind in KINDS), ("cvpt", 20)])
+@torch.no_grad()
+def test_what_was_folded_is_cut_as_what_was_cut_is_folded(kind, count):
+    """As candidates are made: one network, folded once, and cut to any widths."""
+    network, example = replaced(torchvision_vit()), example_input(SIDE)
+    groups = probe(network, find_groups(network, example), example=example).prunable
+    mask = ChannelMask({group.root: tuple(i % 3 > 0 for i in range(group.width)) for group in groups})
+    smaller = cut(network, plan(network, groups, mask))
+    for one in (network, smaller):
+        fold(prompted(one, table(kind, count=count)), canvas_size=SIDE)
+    found = cut(network, plan(network, with_constants(groups, network), mask))
+    torch.testing.assert_close(found(images()), smaller(images()), rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+    assert {name: p.shape for name, p in found.named_parameters()} == {
+        name: p.shape for name, p in smaller.named_parameters()
+    }
 
 
 @pytest.mark.parametrize(

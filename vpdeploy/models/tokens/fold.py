@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
-from vpdeploy.models.tokens.blocks import Attention, Block, OpenBlock, blocks_of, stood_for
+from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
 from vpdeploy.models.tokens.cross import FoldedCross, fold_cross
 from vpdeploy.models.tokens.feed import FeedMemory, widen
 from vpdeploy.models.tokens.prompt import exchange, holders, new_tokens, put_tokens
@@ -97,49 +97,40 @@ def fold_readout(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
 
 
 def with_constants(groups: Sequence[ChannelGroup], network: nn.Module) -> list[ChannelGroup]:
-    """``groups`` of heads with what ``fold`` made of tokens in ``network`` among their members, so that it is cut with them. The
-    units that it widened an MLP by belong to no group.
+    """``groups``, those of heads with what ``fold`` made of tokens in ``network`` among their members, so that it is cut with
+    them. The units that it widened an MLP by belong to no group.
     """
+    constants = dict(_constants(network))
+    return [replace(group, members=(*group.members, *_members(group, constants))) for group in groups]
+
+
+Axis = tuple[str, int, int]  # a tensor, one of its axes, and how many positions of it belong to a head
+
+
+def _constants(network: nn.Module) -> Iterator[tuple[str, tuple[int, list[Axis]]]]:
+    """The weight of the keys of each block's attention: the width of a head, and the axes of constants that heads have."""
     names = {id(module): name for name, module in network.named_modules()}
-    further: dict[str, list[tuple[str, int, int]]] = {}  # of a layer of keys: tensor, axis, positions of each head
     for block in blocks_of(network):
-        attention = names[id(block.attention)]
-        places = further.setdefault(f"{attention}.k.weight", [])
-        for holder, memory in (
-            (attention, block.attention.memory),
-            (f"{block.name}.cross", block.cross_memory),
-        ):
+        attention, beside = names[id(block.attention)], f"{block.name}.cross"
+        axes: list[Axis] = []
+        for holder, memory in ((attention, block.attention.memory), (beside, block.cross_memory)):
             if isinstance(memory, ConstantMemory):
-                places += [(f"{holder}.memory.{part}", 1, 1) for part in ("key", "value")]
+                axes += [(f"{holder}.memory.{part}", 1, 1) for part in ("key", "value")]
         cross = getattr(block.module, "cross", None)
         if isinstance(cross, FoldedCross):
             parts = (("scores.weight", 0), ("scores.bias", 0), ("out.weight", 1))
-            places += [(f"{block.name}.cross.{part}", axis, cross.tokens) for part, axis in parts]
-    heads = {
-        f"{name}.k.weight": module.head_dim for name, module in network.named_modules() if isinstance(module, Attention)
-    }
-    return [
-        replace(
-            group,
-            members=(
-                *group.members,
-                *(
-                    Member(
-                        tensor,
-                        axis,
-                        "both",
-                        tuple(range(each * len(channels))),
-                        tuple(c for c in channels for _ in range(each)),
-                    )
-                    for member in group.members
-                    if member.axis == 0 and further.get(member.tensor)
-                    for channels in [member.channels[:: heads[member.tensor]]]
-                    for tensor, axis, each in further[member.tensor]
-                ),
-            ),
-        )
-        for group in groups
-    ]
+            axes += [(f"{beside}.{part}", axis, cross.tokens) for part, axis in parts]
+        yield f"{attention}.k.weight", (block.attention.head_dim, axes)
+
+
+def _members(group: ChannelGroup, constants: Mapping[str, tuple[int, list[Axis]]]) -> Iterator[Member]:
+    for member in group.members:
+        if member.axis == 0 and member.tensor in constants:
+            width, axes = constants[member.tensor]
+            channels = member.channels[::width]  # of each head
+            for tensor, axis, each in axes:
+                of_all = tuple(channel for channel in channels for _ in range(each))
+                yield Member(tensor, axis, "both", tuple(range(len(of_all))), of_all)
 
 
 def _readout(done: bool, how: str) -> Fold:
