@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from benchmarked import BENCHMARKS, loaded
 from scipy import stats
 
 from vpdeploy.recipe.tables import SearchTable, TuneTable
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GRIDS = sorted((BENCHMARKS / "grids").glob("*.toml"))
-
-
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look for it there
-    spec.loader.exec_module(module)
-    return module
-
 
 rows = loaded("paper_rows")
 grids = loaded("paper_grid")
