@@ -241,7 +241,7 @@ def _with_tokens(backbone: nn.Module, recipe: Recipe) -> nn.Module:
     network, table, condense = copy.deepcopy(backbone), recipe.prompt.tokens, recipe.condense
     if table.learned_in("tune"):
         share = condense.keep if condense.scope == "layer" else 1.0
-        fewer = table.model_copy(update={"count": math.ceil(share * table.count)})
+        fewer = table.model_copy(update={"count": math.ceil(share * table.count), "width": None})
         tokens = new_tokens(network, fewer, generator=torch.Generator().manual_seed(0))
         put_tokens(network, tokens, table)
     return network

@@ -199,6 +199,16 @@ def _token_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     if tokens.kind == "none":
         return
+    if tokens.width is not None and not tokens.kind.startswith("vpt"):
+        yield (
+            (*kind, "prompt.tokens.width"),
+            f"prompt.tokens.width: got {tokens.width} for kind {tokens.kind!r}, which has no projection; leave it out",
+        )
+    if tokens.width is not None and tokens.init == "prototype":
+        yield (
+            ("prompt.tokens.init", "prompt.tokens.width"),
+            f"prompt.tokens.width: got {tokens.width} with init = 'prototype', whose rows are as wide as a block; leave one out",
+        )
     if tokens.init == "prototype" and not tokens.kind.startswith("vpt"):
         yield (
             (*kind, "prompt.tokens.init"),

@@ -179,6 +179,10 @@ class TokensTable(Table):
     position: Literal["before-attention", "beside-attention", "after-attention", "before-mlp", "after-mlp"] = Field(
         default="after-attention", description="cvpt: where in the block the stream looks at them"
     )
+    width: Count | None = Field(
+        default=None,
+        description="VPT: tokens of this width, which a linear layer that learns with them brings to that of the block; it is folded into them where a stage ends; absent: none",
+    )
     init: Literal["uniform", "prototype"] = Field(
         default="uniform",
         description="where they start; uniform: as their authors draw them; prototype: as tokens of training images that their block reads (VPT)",

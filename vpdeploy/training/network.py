@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from vpdeploy.data.prepared import Images, batches
 from vpdeploy.data.resize import PIXEL_SCALE
 from vpdeploy.models.tokens.prompt import PREFIX as TOKENS
-from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, split_prompt, token_parameters
+from vpdeploy.models.tokens.prompt import (
+    new_projection,
+    new_tokens,
+    put_tokens,
+    split_prompt,
+    token_parameters,
+    token_projection,
+    token_rows,
+)
 from vpdeploy.models.tokens.prototypes import prototypes
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.prompts.pixels import RandomPrompt, build_prompt
@@ -108,7 +116,12 @@ def add_prompt(
         canvas.prompt.load_state_dict(pixels)
     table = recipe.prompt.tokens
     if stage is not None and table.learned_in(stage):
-        put_tokens(backbone, tokens or _first_tokens(backbone, recipe, data), table)
+        if tokens:
+            put_tokens(backbone, tokens, table)
+        else:
+            drawn = stream(recipe.seed, "prompt", 0, "projection")
+            projection = new_projection(backbone, table, generator=drawn)
+            put_tokens(backbone, _first_tokens(backbone, recipe, data), table, projection=projection)
     return canvas
 
 
@@ -124,18 +137,18 @@ def _first_tokens(backbone: nn.Module, recipe: Recipe, data: TrainingData) -> di
 
 
 def prompt_state(network: Prompted) -> dict[str, Tensor]:
-    """What was learned beside weights, as ``split_prompt`` takes it; empty without a prompt."""
+    """What was learned beside weights, as ``split_prompt`` takes it; empty without a prompt. A projection is folded into it."""
     pixels = {} if network.canvas.prompt is None else network.canvas.prompt.state_dict()
     masked = network.backbone
     backbone = masked.backbone if isinstance(masked, Gated | MaskedWeights) else masked
-    tokens = {TOKENS + name: rows for name, rows in token_parameters(backbone).items()}
+    tokens = {TOKENS + name: rows for name, rows in token_rows(backbone).items()}
     return {name: tensor.detach().cpu().clone() for name, tensor in {**pixels, **tokens}.items()}
 
 
 def prompt_parameters(network: Prompted) -> list[nn.Parameter]:
     """Empty without a prompt."""
     pixels = [] if network.canvas.prompt is None else list(network.canvas.prompt.parameters())
-    return [*pixels, *token_parameters(network.backbone).values()]
+    return [*pixels, *token_parameters(network.backbone).values(), *token_projection(network.backbone)]
 
 
 def show(recipe: Recipe, images: Images, *, prompt: Mapping[str, Tensor], count: int) -> Tensor:

@@ -194,6 +194,14 @@ ONE_PROBLEM = [
         "prompt.tokens.init: got 'prototype' for kind 'cvpt', whose tokens are none of the sequence; expected 'uniform', or ",
     ),
     (
+        {"prompt": {"tokens": {"kind": "ffn-memory", "width": 8}}},
+        "prompt.tokens.width: got 8 for kind 'ffn-memory', which has no projection; leave it out",
+    ),
+    (
+        {"prompt": {"tokens": {"kind": "vpt-deep", "width": 8, "init": "prototype"}}},
+        "prompt.tokens.width: got 8 with init = 'prototype', whose rows are as wide as a block; leave one out",
+    ),
+    (
         {"prompt": {"tokens": {"kind": "vpt-deep", "prototype": "max"}}},
         "prompt.tokens.prototype: got 'max' with prompt.tokens.init = 'uniform', which does not read it; leave it out, or set",
     ),

@@ -58,6 +58,7 @@ def other(key: str, value: object) -> object:
         "prompt.tokens.stages": "tune",
         "prompt.tokens.position": "after-mlp",
         "prompt.tokens.init": "prototype",
+        "prompt.tokens.width": 24,
         "prompt.tokens.prototype": "max",
         "condense.score": "norm",
         "condense.scope": "layer",

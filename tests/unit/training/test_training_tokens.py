@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from vpdeploy.deploy.bake import bake
 from vpdeploy.errors import ModelError
@@ -18,7 +18,7 @@ from vpdeploy.models.attention.memory import ConstantMemory
 from vpdeploy.models.attention.replace import replace_attention
 from vpdeploy.models.tokens.blocks import blocks_of
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, split_prompt
-from vpdeploy.recipe.tables import Recipe
+from vpdeploy.recipe.tables import Recipe, TokensTable
 from vpdeploy.scoring.condense import gradient_scores, kept_tokens
 from vpdeploy.scoring.select import build_selector
 from vpdeploy.surgery.cost import build_cost_model
@@ -27,7 +27,7 @@ from vpdeploy.surgery.groups import example_input, find_groups
 from vpdeploy.training.condense import condense
 from vpdeploy.training.methods.registry import search
 from vpdeploy.training.methods.task import SearchTask, with_tensors
-from vpdeploy.training.network import Prompted, add_prompt, build_canvas
+from vpdeploy.training.network import Prompted, add_prompt, build_canvas, prompt_parameters, prompt_state
 from vpdeploy.training.streams import stream
 from vpdeploy.training.tune import tune
 from vpdeploy.values import Dense, Found, Tuned
@@ -120,6 +120,43 @@ def test_prototypes_are_of_the_unprompted_network_on_training_images(tmp_path):
     nearest = torch.cdist(tokens[second.name].double(), there.double()).amin(dim=1)
     assert float(nearest.max()) < 1e-4 * float(there.norm(dim=1).mean())
     assert not torch.equal(tokens[first.name], tokens[second.name])
+
+
+@pytest.mark.parametrize("kind", ["vpt-deep", "vpt-shallow"])
+def test_a_projection_learns_with_narrow_tokens_and_is_folded_into_them(tmp_path, kind):
+    """By hand: one step of a network whose tokens are a product of two factors moves both."""
+    network, recipe = vit(), settled(prompt__tokens__width=6, prompt__tokens__kind=kind, search__epochs=1)
+    backbone = copy.deepcopy(network)
+    canvas = add_prompt(backbone, recipe, tiny.data(), stage="search")
+    parameters = prompt_parameters(Prompted(canvas, backbone, tiny.COMPUTE))
+    blocks = 2 if kind == "vpt-deep" else 1
+    assert [tuple(p.shape) for p in parameters] == [(COUNT, 6)] * blocks + [(WIDTH, 6), (WIDTH,)]
+    *tokens, weight, bias = parameters
+    assert torch.equal(bias, torch.zeros(WIDTH)) and 0.5 < float(weight.detach().std()) / (2 / WIDTH) ** 0.5 < 1.5
+    rows = split_prompt(prompt_state(Prompted(canvas, backbone, tiny.COMPUTE)))[1]
+    for row, token in zip(rows.values(), tokens, strict=True):
+        torch.testing.assert_close(row, token @ weight.t() + bias)
+    wide = copy.deepcopy(network)
+    put_tokens(wide, rows, recipe.prompt.tokens)
+    images = torch.rand(2, 3, tiny.CANVAS, tiny.CANVAS, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(wide(images), backbone.eval()(images), rtol=SAME_FLOAT32, atol=SAME_FLOAT32)
+    backbone(images).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in parameters)
+
+    found = split_prompt(searched(tmp_path, recipe, network).prompt)[1]
+    assert [tuple(row.shape) for row in found.values()] == [(COUNT, WIDTH)] * blocks
+    again = tuned(tmp_path / "tune", recipe, network, {f"tokens.{name}": row for name, row in found.items()})
+    assert all(again.prompt[f"tokens.{name}"].shape == row.shape for name, row in found.items())
+
+
+def test_blocks_of_unlike_widths_have_no_projection():
+    swin = replace_attention(
+        SwinTransformer([2, 2], 24, [1, 1], [3, 6], [4, 4], num_classes=3).eval(), torch.zeros(1, 3, 16, 16)
+    ).network
+    with pytest.raises(
+        ModelError, match=r"prompt\.tokens\.width: got 6 for SwinTransformer, whose blocks differ in width"
+    ):
+        new_tokens(swin, TokensTable(kind="vpt-deep", width=6), generator=torch.Generator())
 
 
 def test_without_a_prompt_in_the_arm_there_are_none(tmp_path):

@@ -23,19 +23,44 @@ class Attention(Protocol):
     def values(self, x: Tensor) -> Tensor: ...
 
 
-class PromptTokens(nn.Module):
-    """Learned tokens [N, c] that stand before ``norm``, the layer whose output attention reads. Those of no token: [0, c]."""
+Projection = tuple[nn.Parameter, nn.Parameter]  # weight [c, w] and bias [c], of all tokens of one network together
 
-    def __init__(self, tokens: Tensor, norm: nn.Module, *, dropout: float = 0.0):
+
+class LearnedTokens(nn.Module):
+    """Tokens [N, c]; or [N, w], with a ``projection`` that learns beside them."""
+
+    projection_weight: nn.Parameter | None
+    projection_bias: nn.Parameter | None
+
+    def __init__(self, tokens: Tensor, *, dropout: float, projection: Projection | None):
         super().__init__()
         self.tokens = nn.Parameter(tokens)
-        self.dropout = nn.Dropout(dropout)
+        self.rate = dropout
+        weight, bias = projection or (None, None)
+        self.register_parameter("projection_weight", weight)
+        self.register_parameter("projection_bias", bias)
+
+    def rows(self) -> Tensor:
+        """What they are to their block: [N, c]."""
+        weight = self.projection_weight
+        return self.tokens if weight is None else F.linear(self.tokens, weight, self.projection_bias)
+
+    def dropped(self) -> Tensor:
+        """The same; in training some entries are 0."""
+        return F.dropout(self.rows(), self.rate, self.training)
+
+
+class PromptTokens(LearnedTokens):
+    """Tokens that stand before ``norm``, the layer whose output attention reads. Those of no token: [0, c]."""
+
+    def __init__(self, tokens: Tensor, norm: nn.Module, *, dropout: float = 0.0, projection: Projection | None = None):
+        super().__init__(tokens, dropout=dropout, projection=projection)
         self._norm = (norm,)  # in a tuple: it is the block's, which holds its parameters
 
     def forward(self, attention: Attention) -> tuple[Tensor, Tensor]:
         """Keys and values: [1, heads, N, d] each."""
         (norm,) = self._norm
-        rows = norm(self.dropout(self.tokens).unsqueeze(0))
+        rows = norm(self.dropped().unsqueeze(0))
         return attention.keys(rows), attention.values(rows)
 
 

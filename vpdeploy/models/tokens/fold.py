@@ -16,7 +16,7 @@ from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
 from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
 from vpdeploy.models.tokens.cross import FoldedCross, fold_cross
 from vpdeploy.models.tokens.feed import FeedMemory, widen
-from vpdeploy.models.tokens.prompt import exchange, holders, new_tokens, put_tokens
+from vpdeploy.models.tokens.prompt import exchange, holders, new_projection, new_tokens, put_tokens
 from vpdeploy.recipe.tables import TokensTable
 from vpdeploy.values import ChannelGroup, Fold, Member
 
@@ -40,7 +40,7 @@ def fold_tokens(network: nn.Module) -> tuple[Fold, ...]:
     for block, part in list(holders(network)):
         part.eval()
         if isinstance(part, PromptTokens) and part is block.cross_memory:
-            block.module.cross = fold_cross(part.tokens, block.attention)
+            block.module.cross = fold_cross(part.rows(), block.attention)
             linear = isinstance(block.module.cross, FoldedCross)
             found[True, "two linear layers" if linear else "constant keys and values"] += 1
         elif isinstance(part, PromptTokens):
@@ -169,7 +169,9 @@ def check_tokens(network: nn.Module, table: TokensTable, *, canvas_size: int) ->
     are folded. It is not changed.
     """
     twin = copy.deepcopy(network).eval()
-    put_tokens(twin, new_tokens(twin, table, generator=torch.Generator().manual_seed(0)), table)
+    drawn = torch.Generator().manual_seed(0)
+    tokens, projection = new_tokens(twin, table, generator=drawn), new_projection(twin, table, generator=drawn)
+    put_tokens(twin, tokens, table, projection=projection)
     image = torch.rand(1, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(1))
     try:
         expected = twin(image)

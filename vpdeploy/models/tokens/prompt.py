@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
-from vpdeploy.models.attention.memory import PromptTokens
+from vpdeploy.models.attention.memory import Projection, PromptTokens
 from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
 from vpdeploy.models.tokens.cross import CrossAttention
 from vpdeploy.models.tokens.feed import FeedMemory
@@ -57,12 +57,17 @@ WHERE = {
 
 
 def new_tokens(network: nn.Module, table: TokensTable, *, generator: torch.Generator) -> dict[str, Tensor]:
-    """``table.count`` tokens for each block, as their authors' code draws them: name of the block -> [N, c].
+    """``table.count`` tokens for each block, as their authors' code draws them: name of the block -> [N, c], or [N, w] with
+    ``table.width``.
 
     VPT: even over (-v, v) with v = sqrt(6 / (3 p^2 + c)), p the side of a patch (16 where it cannot be told). CVPT: with
     v = sqrt(6 / ((N + blocks) c)). Memory: keys from N(0, 0.02), values 0, so that the first step sees the network as it is.
     """
     blocks, count = token_blocks(network, table.kind), table.count
+    if table.width is not None and any(block.width != next(iter(blocks.values())).width for block in blocks.values()):
+        raise ModelError(
+            f"prompt.tokens.width: got {table.width} for {type(network).__name__}, whose blocks differ in width; leave it out"
+        )
     patch = next((module.kernel_size[0] for module in network.modules() if isinstance(module, nn.Conv2d)), 16)
 
     def drawn(width: int) -> Tensor:
@@ -72,11 +77,23 @@ def new_tokens(network: nn.Module, table: TokensTable, *, generator: torch.Gener
         area = (count + len(blocks)) * width if table.kind == "cvpt" else 3 * patch**2 + width
         return math.sqrt(6 / area) * (2 * torch.rand(count, width, generator=generator) - 1)
 
-    return {name: drawn(block.width) for name, block in blocks.items()}
+    return {name: drawn(table.width or block.width) for name, block in blocks.items()}
 
 
-def put_tokens(network: nn.Module, tokens: Mapping[str, Tensor], table: TokensTable) -> None:
+def new_projection(network: nn.Module, table: TokensTable, *, generator: torch.Generator) -> Projection | None:
+    """What brings tokens of ``table.width`` to the width of a block, as VPT's code draws it: weights from N(0, 2 / c)."""
+    if table.width is None:
+        return None
+    width = next(iter(token_blocks(network, table.kind).values())).width
+    weight = torch.randn(width, table.width, generator=generator) * math.sqrt(2 / width)
+    return nn.Parameter(weight), nn.Parameter(torch.zeros(width))
+
+
+def put_tokens(
+    network: nn.Module, tokens: Mapping[str, Tensor], table: TokensTable, *, projection: Projection | None = None
+) -> None:
     """Change ``network``: ``tokens`` of the kind that ``table`` names become parameters of it; where there are none, it has none.
+    With ``projection`` they are as wide as it reads.
 
     Raises: ModelError for a block that is not there, or of another width.
     """
@@ -90,22 +107,23 @@ def put_tokens(network: nn.Module, tokens: Mapping[str, Tensor], table: TokensTa
         if name not in blocks:
             raise ModelError(f"prompt.tokens: got tokens for {name!r}; expected one of {', '.join(blocks)}")
         width = blocks[name].width * (1 + (table.kind == "ffn-memory"))
+        width = width if projection is None else projection[0].shape[1]
         if rows.ndim != 2 or rows.shape[1] != width:
             raise ModelError(f"prompt.tokens: got {list(rows.shape)} for {name!r}; expected [count, {width}]")
         if len(rows):
-            _put(network, blocks[name], rows.detach().clone(), table)
+            _put(network, blocks[name], rows.detach().clone(), table, projection)
 
 
-def _put(network: nn.Module, block: Block, rows: Tensor, table: TokensTable) -> None:
+def _put(network: nn.Module, block: Block, rows: Tensor, table: TokensTable, projection: Projection | None) -> None:
     dropout = table.dropout
     if table.kind == "vpt-deep":
-        block.attention.memory = PromptTokens(rows, block.norm, dropout=dropout)
+        block.attention.memory = PromptTokens(rows, block.norm, dropout=dropout, projection=projection)
     elif table.kind == "vpt-shallow":
         name = _sequence(network)
         assert name is not None
         blocks = network.get_submodule(name)
         assert isinstance(blocks, nn.Sequential)
-        exchange(network, name, WithTokens(blocks, rows, dropout=dropout))
+        exchange(network, name, WithTokens(blocks, rows, dropout=dropout, projection=projection))
     elif table.kind == "cvpt":
         cross = CrossAttention(PromptTokens(rows, nn.Identity(), dropout=dropout))
         exchange(network, block.name, OpenBlock(block.module, block.kind, cross=cross, position=table.position))
@@ -131,6 +149,21 @@ def token_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {block.name: module.tokens for block, module in holders(network)}
 
 
+def token_rows(network: nn.Module) -> dict[str, Tensor]:
+    """Name of a block -> what its tokens are to it, [N, c]: what ``put_tokens`` takes without a projection."""
+    return {
+        block.name: module.tokens if isinstance(module, FeedMemory) else module.rows()
+        for block, module in holders(network)
+    }
+
+
+def token_projection(network: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias of the projection; empty without one."""
+    names = ("projection_weight", "projection_bias")
+    found = [getattr(module, name, None) for _, module in holders(network) for name in names]
+    return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+
+
 def holders(network: nn.Module) -> Iterator[tuple[Block, PromptTokens | WithTokens | FeedMemory]]:
     """Each block that has tokens, and the module that holds them."""
     sequences = [module for module in network.modules() if isinstance(module, WithTokens)]
@@ -149,7 +182,7 @@ def as_published(network: nn.Module) -> None:
     for block, part in list(holders(network)):
         if isinstance(part, PromptTokens) and part is block.attention.memory and "swin" not in block.kind.library:
             block.attention.memory = None
-            exchange(network, block.name, InSequence(block.module, part.tokens.detach()))
+            exchange(network, block.name, InSequence(block.module, part.rows().detach()))
 
 
 def _sequence(network: nn.Module) -> str | None:

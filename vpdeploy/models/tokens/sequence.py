@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vpdeploy.models.attention.memory import LearnedTokens, Projection
 from vpdeploy.models.tokens.blocks import stand_for
 
 
-class WithTokens(nn.Module):
-    """Blocks, one after the other, and learned tokens [N, c] that go through them behind those of the image.
+class WithTokens(LearnedTokens):
+    """Blocks, one after the other, and learned tokens that go through them behind those of the image.
 
     What comes of them is dropped. The blocks keep their names.
     """
 
-    def __init__(self, blocks: nn.Sequential, tokens: Tensor, *, dropout: float = 0.0):
-        super().__init__()
+    def __init__(
+        self, blocks: nn.Sequential, tokens: Tensor, *, dropout: float = 0.0, projection: Projection | None = None
+    ):
+        super().__init__(tokens, dropout=dropout, projection=projection)
         stand_for(self, blocks)
-        self.tokens = nn.Parameter(tokens)
-        self.rate = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, L, c] -> [n, L, c]."""
-        rows = nn.functional.dropout(self.tokens, self.rate, self.training)
         length = x.shape[1]
-        x = torch.cat([x, rows.to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+        x = torch.cat([x, self.dropped().to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
         for block in self.children():
             x = block(x)
         return x[:, :length]  # fewer where the last block computes fewer
