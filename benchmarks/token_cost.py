@@ -1,4 +1,4 @@
-"""What deep prompt tokens cost ViT-B/16: none, in the sequence as published, and folded to keys and values.
+"""What deep prompt tokens cost ViT-B/16: none, in the sequence as published, folded to keys and values, and as it ships.
 
     uv run python benchmarks/token_cost.py [--tokens 10,50,100,200] [--threads 2] [--seconds 20]
 
@@ -6,7 +6,8 @@ Weights and tokens are random (the classifier is not zero, and the tokens are la
 depend on them. Files are timed by ONNX Runtime on the CPU, all of them in the same rounds, and their logits compared.
 
 Products are counted, and held against the formulas: with B blocks of width d, L tokens of image and class, and N of the prompt
-in each block, the sequence costs B (12 N d^2 + (4 L N + 2 N^2) d) more, and constant keys and values B 2 L N d.
+in each block, the sequence costs B (12 N d^2 + (4 L N + 2 N^2) d) more, and constant keys and values B 2 L N d. As it ships, the
+last block computes the class token alone: of its 12 L d^2 + 2 L (L + N) d products, 2 L d^2 + 10 d^2 + 2 (L + N) d are left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vpdeploy.deploy.session import describe_input
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.models.attention.replace import replace_attention
-from vpdeploy.models.tokens.fold import fold_tokens
+from vpdeploy.models.tokens.fold import fold, fold_readout, fold_tokens
 from vpdeploy.models.tokens.prompt import as_published, new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import BenchTable, TokensTable
@@ -47,26 +48,34 @@ def network() -> nn.Module:
 
 
 def variants(count: int) -> dict[str, nn.Module]:
-    """Equal networks: the prompts in the sequence, and folded."""
+    """Equal networks: the prompts in the sequence, folded, and with what is read of the last block alone."""
+    if not count:
+        plain, shipped = network(), network()
+        fold_readout(shipped, canvas_size=SIDE)
+        return {"no prompt": plain, "no prompt, as shipped": shipped}
     table = TokensTable(kind="vpt-deep", count=count)
-    naive, folded = network(), network()
+    naive, folded, shipped = network(), network(), network()
     drawn = new_tokens(folded, table, generator=torch.Generator().manual_seed(1))
     tokens = {name: LARGER * rows for name, rows in drawn.items()}
-    for one in (naive, folded):
+    for one in (naive, folded, shipped):
         put_tokens(one, tokens, table)
     as_published(naive)
     fold_tokens(folded)
-    return {f"in the sequence, N = {count}": naive, f"folded, N = {count}": folded}
+    fold(shipped, canvas_size=SIDE)
+    return {f"N = {count}, in the sequence": naive, f"N = {count}, folded": folded, f"N = {count}, as shipped": shipped}
 
 
 def expected_macs(name: str, dense: int) -> int:
     """As the formulas have it; ``dense``: without a prompt."""
-    if "N = " not in name:
-        return dense
-    n = int(name.rpartition(" ")[2])
-    if name.startswith("folded"):
-        return dense + BLOCKS * 2 * LENGTH * n * WIDTH
-    return dense + BLOCKS * (12 * n * WIDTH**2 + (4 * LENGTH * n + 2 * n**2) * WIDTH)
+    first, _, form = name.partition(", ")
+    n = 0 if first == "no prompt" else int(first.rpartition(" ")[2])
+    if form == "in the sequence":
+        return dense + BLOCKS * (12 * n * WIDTH**2 + (4 * LENGTH * n + 2 * n**2) * WIDTH)
+    folded = dense + BLOCKS * 2 * LENGTH * n * WIDTH
+    if form != "as shipped":
+        return folded
+    block = 12 * LENGTH * WIDTH**2 + 2 * LENGTH * (LENGTH + n) * WIDTH
+    return folded - block + 2 * LENGTH * WIDTH**2 + 10 * WIDTH**2 + 2 * (LENGTH + n) * WIDTH
 
 
 def write(backbone: nn.Module, path: Path) -> None:
@@ -96,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files, macs = {}, {}
         for count in (0, *args.tokens):
-            for name, made in (variants(count) if count else {"no prompt": network()}).items():
+            for name, made in variants(count).items():
                 files[name] = Path(folder) / f"{len(files)}.onnx"
                 macs[name] = count_macs(made, canvas_size=SIDE).macs
                 write(made, files[name])
@@ -105,11 +114,12 @@ def main() -> None:
         found = bench_files(list(files.values()), table=table, image_size=None).files
     dense, plain = macs["no prompt"], logits["no prompt"]
     print(
-        "\n| file | GMACs | formula | MiB | p50, ms | times no prompt (95 %) | logits from no prompt | from the other form |"
+        "\n| file | GMACs | formula | MiB | p50, ms | times no prompt (95 %) | logits from no prompt | from the first form |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, path in files.items():
-        figures, other = found[str(path)], name.replace("folded", "in the sequence")
+        figures, prompt = found[str(path)], name.partition(", ")[0]
+        other = next(kind for kind in files if kind.partition(", ")[0] == prompt)
         times = ", ".join(
             f"{1 / f.factor:.3f} ({1 / f.interval[1]:.3f} to {1 / f.interval[0]:.3f})" for f in figures.factors
         )
