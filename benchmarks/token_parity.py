@@ -25,6 +25,7 @@ from torchvision.models import swin_t, vit_b_16
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.macs import count_macs
 from vpdeploy.models.attention.replace import replace_attention
+from vpdeploy.models.tokens.blocks import blocks_of
 from vpdeploy.models.tokens.fold import fold
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, token_parameters
 from vpdeploy.recipe.tables import TokensTable
@@ -84,7 +85,8 @@ def measured(name: str, *, count: int) -> str:
     canvas = (images - 0.5) / 0.5  # as the file normalises
     for one in (dense, smaller):
         prompted(one, table)
-    counts = [len(rows) for rows in token_parameters(smaller).values()]
+    there = token_parameters(smaller)
+    counts = [len(there.get(block.name, ())) for block in blocks_of(smaller)]
     shown = canvas[:2].double()
     masked = Gated(copy.deepcopy(dense).double(), groups)(shown, mask_row(groups, selection.mask, dtype=torch.float64))
     removed = apart(copy.deepcopy(smaller).double()(shown), masked)
