@@ -479,20 +479,26 @@ class Report:
 
 
 @dataclass(frozen=True)
-class CondensedPoint:
-    """Tokens that stayed by one score: its run and how to get it again, and what came of it. ``score``: "" for all tokens;
-    "scratch" for as few from the start. ``difference``: against all tokens, on the same test images.
-    """
+class _Point:
+    """One of several runs side by side, and how to get it again. ``difference``: against the first, on the same test images."""
 
-    score: str
-    keep: float
-    tokens: int
     run: str
     command: str
     accuracy_top1: float
     accuracy_top1_interval: Interval
     n: int
     difference: AccuracyDifference | None
+
+
+@dataclass(frozen=True)
+class CondensedPoint(_Point):
+    """Tokens that stayed by one score, and what came of it. ``score``: "" for all tokens, which come first; "scratch" for as few
+    from the start.
+    """
+
+    score: str
+    keep: float
+    tokens: int
     published: TokenCost
     shipped: TokenCost
     conditions: Conditions
@@ -509,21 +515,15 @@ class Condensation:
 
 
 @dataclass(frozen=True)
-class SweepPoint:
-    """One budget of a sweep: its run and how to get it again, and what the pruned arm came to. ``time`` is its median run time
-    over dense's, of the same rounds, with an interval at 95 %, at ``conditions``; ``front``: the costs ("time", "macs",
-    "file_bytes") at which no other point is as cheap and as accurate.
+class SweepPoint(_Point):
+    """One budget of a sweep, and what the pruned arm came to; the dense one comes first. ``time`` is its median run time over
+    dense's, of the same rounds, with an interval at 95 %, at ``conditions``; ``front``: the costs ("time", "macs", "file_bytes")
+    at which no other point is as cheap and as accurate.
     """
 
     budget: str
     requested: float
     reached: float
-    run: str
-    command: str
-    accuracy_top1: float
-    accuracy_top1_interval: Interval
-    n: int
-    difference: AccuracyDifference | None
     macs: int
     params: int
     file_bytes: int

@@ -159,11 +159,15 @@ def test_again_it_does_nothing_and_a_trained_run_is_condensed_alone(condensed, c
         (("--score", "taylor"), "--score: got 'taylor'; expected one of gradient, random, norm, scratch, each once"),
         (
             ("--set", "prompt.tokens.kind=none"),
-            "prompt.tokens: expected tokens that the search learns, in the arm 'pruned'",
+            "prompt.tokens: expected tokens that the search learns and tuning goes on with, in the arm",
+        ),
+        (
+            ("--keep", "1", "--set", "prompt.tokens.stages=search"),
+            "prompt.tokens: expected tokens that the search learns and tuning goes on with, in the arm",
         ),
         (
             ("--set", "search.method=hydra"),
-            "prompt.tokens: expected tokens that the search learns, in the arm 'pruned'",
+            "prompt.tokens: expected tokens that the search learns and tuning goes on with, in the arm",
         ),
     ],
 )

@@ -80,9 +80,9 @@ class Deployable(nn.Module):
 def bake(tuned: Tuned, *, recipe: Recipe, classifier: str, form: str, folded: bool = True) -> Deployable:
     """One arm as a module that needs no preprocessing, on the CPU, in float32 and evaluation mode.
 
-    Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer
-    whose rows a label map selects. Tokens of ``tuned.prompt`` become what they
-    amount to, unless it is to stand as it was trained (``folded``); without pixels nothing is added to the canvas.
+    Everything in it is a copy: ``tuned`` is not changed and shares no memory with it. ``classifier`` names the layer whose rows
+    a label map selects. Without pixels nothing is added to the canvas. ``folded``: in its cheapest form, tokens as what they
+    amount to; otherwise as it was trained.
     """
     if form not in FORMS:
         raise ValueError(f"form: got {form!r}; expected one of {', '.join(FORMS)}")

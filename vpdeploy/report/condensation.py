@@ -9,7 +9,7 @@ from markupsafe import Markup
 from vpdeploy.report.figures import Mark, curves_figure
 from vpdeploy.report.headline import describe
 from vpdeploy.report.numbers import NOTHING, amount, percent, percent_range, points, points_range
-from vpdeploy.report.render import TEMPLATES, Pages, pages_environment
+from vpdeploy.report.render import Pages, both_pages
 from vpdeploy.report.sheets import Cell, Sheet, sheet_of
 from vpdeploy.values import AccuracyDifference, Condensation, CondensedPoint, Report
 
@@ -78,16 +78,7 @@ def condensation_sheet(found: Condensation) -> Sheet:
 def render_condensation(found: Condensation) -> Pages:
     """Both pages. The same runs give the same bytes; the HTML page fetches nothing."""
     contents = {"found": found, "points": condensation_sheet(found)}
-    return Pages(
-        markdown=pages_environment(autoescape=False).get_template("condensation.md.j2").render(**contents),
-        html=pages_environment(autoescape=True)
-        .get_template("condensation.html.j2")
-        .render(
-            **contents,
-            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-            curve_chart=Markup(_figure(found)),
-        ),
-    )
+    return both_pages("condensation", contents, curve_chart=Markup(_figure(found)))
 
 
 def _figure(found: Condensation) -> str:

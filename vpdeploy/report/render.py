@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,22 +45,26 @@ def render(report: Report, *, prompt: NDArray[Any] | None = None, canvas_example
 
     The same report gives the same bytes. The HTML page fetches nothing.
     """
-    contents = _contents(report)
-    plain = pages_environment(autoescape=False)
-    safe = pages_environment(autoescape=True)
     pictures = [] if prompt is None else [prompt_picture(np.asarray(prompt, np.float64))]
     pictures += [] if canvas_example is None else [canvas_picture(canvas_example)]
-    return Pages(
-        markdown=plain.get_template("report.md.j2").render(**contents),
-        html=safe.get_template("report.html.j2").render(
-            **contents,
-            **_charts(report),
-            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-            tiles=_tiles(report),
-            pictures=pictures,
-            all_epochs=sheets.epochs(report.history, caption="Every epoch."),
-        ),
+    return both_pages(
+        "report",
+        _contents(report),
+        **_charts(report),
+        tiles=_tiles(report),
+        pictures=pictures,
+        all_epochs=sheets.epochs(report.history, caption="Every epoch."),
     )
+
+
+def both_pages(name: str, contents: Mapping[str, Any], **of_html: Any) -> Pages:
+    """By the templates called ``name``: what both pages say, and what the HTML page alone shows."""
+    css = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    plain, safe = (
+        pages_environment(autoescape=escaped).get_template(f"{name}.{kind}.j2")
+        for kind, escaped in (("md", False), ("html", True))
+    )
+    return Pages(markdown=plain.render(**contents), html=safe.render(**contents, **of_html, css=css))
 
 
 def pages_environment(*, autoescape: bool) -> jinja2.Environment:

@@ -20,7 +20,7 @@ from vpdeploy.report.numbers import (
     points,
     points_range,
 )
-from vpdeploy.report.render import TEMPLATES, Pages, pages_environment
+from vpdeploy.report.render import Pages, both_pages
 from vpdeploy.report.sheets import Cell, Sheet, sheet_of
 from vpdeploy.values import Conditions, Report, Sweep, SweepPoint
 
@@ -126,16 +126,7 @@ def sweep_sheet(sweep: Sweep) -> Sheet:
 def render_sweep(sweep: Sweep) -> Pages:
     """Both pages. The same sweep gives the same bytes; the HTML page fetches nothing."""
     contents = {"sweep": sweep, "points": sweep_sheet(sweep)}
-    return Pages(
-        markdown=pages_environment(autoescape=False).get_template("sweep.md.j2").render(**contents),
-        html=pages_environment(autoescape=True)
-        .get_template("sweep.html.j2")
-        .render(
-            **contents,
-            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-            pareto_chart=Markup(_figure(sweep.points)),
-        ),
-    )
+    return both_pages("sweep", contents, pareto_chart=Markup(_figure(sweep.points)))
 
 
 def _figure(found: Sequence[SweepPoint]) -> str:

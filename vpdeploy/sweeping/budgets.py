@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vpdeploy import run_folder
 from vpdeploy.errors import BudgetError, RecipeError
@@ -14,7 +14,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import BUDGETS, RATIOS, Recipe
 from vpdeploy.report.sweep import render_sweep, sweep_of
 from vpdeploy.stages import read_recipe
-from vpdeploy.sweeping.points import SHARED, begin_from, settled, written
+from vpdeploy.sweeping.points import SHARED, begin_from, command_of, settled, write_pages, written
 from vpdeploy.values import Report, Sweep
 
 
@@ -33,7 +33,7 @@ def sweep(
     found = (folder / SHARED / "found.safetensors").resolve()
     recipes = {amount: at_budget(recipe, kind, amount, found) for amount in amounts}  # before anything is trained
     with run_folder.held(folder):  # the points stand in one sweep.json
-        command = shlex.join([*again, "-o", str(folder / SHARED)])
+        command = command_of(again, folder / SHARED, {})
         search_only(recipe, folder / SHARED, points=[*recipes.values()], command=command, display=display)
         reports: dict[str, Report] = {}
         commands: dict[str, str] = {}
@@ -42,10 +42,10 @@ def sweep(
         for amount, of_point in recipes.items():
             name = f"{kind}-{written(amount)}"
             path = folder / name
-            told = [f"budget.{kind}={written(amount)}", f"search.found={found}"]
+            told: dict[str, Any] = {f"budget.{kind}": amount, "search.found": found}
             if recipe.budget.speed != of_point.budget.speed:
-                told.append("budget.speed=false")
-            commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
+                told["budget.speed"] = "false"
+            commands[name] = command_of(again, path, told)
             if not (path / "stages.json").exists():
                 begin_from(folder / SHARED, path, recipe=read_recipe(folder / SHARED))
             display.say(f"{kind} {amount:g}:")
@@ -56,10 +56,7 @@ def sweep(
                 missed[amount] = str(e)
                 continue
             made = sweep_of(reports, commands)
-            pages = render_sweep(made)
-            run_folder.write_value(folder / "sweep.json", made)
-            run_folder.write_bytes(folder / "sweep.md", pages.markdown.encode())
-            run_folder.write_bytes(folder / "sweep.html", pages.html.encode())
+            write_pages(folder, "sweep", made, render_sweep(made))
     if made is None or missed:
         told = "".join(f"\n  {amount:g}: {reason}" for amount, reason in missed.items())
         stands = f"; the others are in {folder / 'sweep.html'}" if made else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.report.condensation import condensation_of, render_condensation
 from vpdeploy.stages import Ledger, Stage, is_done, read_recipe
-from vpdeploy.sweeping.points import SHARED, begin_from, settled, written
+from vpdeploy.sweeping.points import SHARED, begin_from, command_of, settled, write_pages, written
 from vpdeploy.values import AccuracyDifference, Condensation, Report
 
 ALL = "all"  # every token: where the curve begins
@@ -49,8 +48,7 @@ def condense(
         _point(recipe, name, found)  # what is wrong with one is told before anything is trained
     with run_folder.held(folder):  # the points stand in one condensation.json
         if trained is None:
-            command = shlex.join([*again, "-o", str(shared)])
-            search_only(recipe, shared, points=[], command=command, display=display)
+            search_only(recipe, shared, points=[], command=command_of(again, shared, {}), display=display)
         elif not is_done(Ledger(trained / "stages.json", {}), Stage("search", ARM), read_recipe(trained), run=trained):
             raise RunFolderError(
                 f"{trained}: its search is not done; run `vpdeploy prune {trained / 'recipe.toml'} -o {trained}` first"
@@ -61,17 +59,13 @@ def condense(
         begun = read_recipe(shared)  # with nothing left to settle, as the dense arms there were tuned
         for name in names:
             path, of_point = folder / name, _point(begun, name, found)
-            told = [f"{key}={value}" for key, value in _values(recipe, name, found).items()]
-            commands[name] = shlex.join([*again, "-o", str(path), *(word for text in told for word in ("--set", text))])
+            commands[name] = command_of(again, path, _values(recipe, name, found))
             if not (path / "stages.json").exists():
                 begin_from(shared, path, recipe=of_point)
             display.say(f"{name}:")
             reports[name] = run(of_point, path, command=commands[name], display=display)
             made = condensation_of(reports, commands, differences=_differences(folder, list(reports)))
-            pages = render_condensation(made)
-            run_folder.write_value(folder / "condensation.json", made)
-            run_folder.write_bytes(folder / "condensation.md", pages.markdown.encode())
-            run_folder.write_bytes(folder / "condensation.html", pages.html.encode())
+            write_pages(folder, "condensation", made, render_condensation(made))
     assert made is not None
     return made
 
@@ -105,10 +99,12 @@ def _check(recipe: Recipe, shares: Sequence[float], scores: Sequence[str]) -> No
     ]
     if not shares or not scores:
         problems.append("expected at least one share and one score")
-    if ARM not in recipe.arms or not recipe.prompt.tokens.learned_in("search") or recipe.search.method == "hydra":
+    tokens = recipe.prompt.tokens
+    learned = tokens.learned_in("search") and tokens.learned_in("tune") and recipe.search.method != "hydra"
+    if ARM not in recipe.arms or not learned:
         problems.append(
-            "prompt.tokens: expected tokens that the search learns, in the arm 'pruned', such as prompt.tokens.kind = 'vpt-deep' "
-            "with stages = 'both'"
+            "prompt.tokens: expected tokens that the search learns and tuning goes on with, in the arm 'pruned', such as "
+            "prompt.tokens.kind = 'vpt-deep' with stages = 'both'"
         )
     if problems:
         raise RecipeError("condense", problems)

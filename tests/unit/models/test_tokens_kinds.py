@@ -244,6 +244,15 @@ def test_the_last_block_computes_what_is_read_of_it(kind, name):
     assert torch.equal(plain(images()), expected) == made.done
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@torch.no_grad()
+def test_wherever_the_stream_looks_the_last_block_computes_what_is_read(position):
+    network = prompted(replaced(torchvision_vit()), table("cvpt", position=position))
+    expected = network(images())
+    assert fold(network, canvas_size=SIDE)[-1].done
+    torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
+
+
 @torch.no_grad()
 def test_a_token_for_distillation_is_read_too():
     timm = pytest.importorskip("timm")
