@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from integration.command_line import fresh
 from tolerances import NAMED_RATIO, SAME_IN_FLOAT64
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
 import vpdeploy
 from vpdeploy.deploy.session import read_metadata
@@ -582,6 +584,19 @@ def test_a_pruned_model_is_exported_with_its_prompt_and_proof(tmp_path):
     with torch.no_grad():
         expected = result.model.eval()((canvas - mean) / std).numpy()
     assert float(np.abs(logits - expected).max()) <= 1e-4 * float(np.abs(expected).max())
+
+
+def test_of_a_transformers_last_block_the_file_computes_what_is_read(tmp_path):
+    torch.manual_seed(0)
+    network = VisionTransformer(16, 8, 2, 2, hidden_dim=8, mlp_dim=24, num_classes=len(CLASSES))
+    nn.init.normal_(network.heads.get_submodule("head").get_parameter("weight"))
+    before = bits(network)
+    parity = vpdeploy.export_onnx(network, vpdeploy.ExportSpec(CLASSES, 16, form="float"), tmp_path / "a.onnx")
+    assert parity.relative_error <= 1e-4 and bits(network) == before
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "a.onnx"))
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred.graph.value_info}
+    hidden = [shapes[node.output[0]][1].dim_value for node in inferred.graph.node if node.op_type == "Erf"]
+    assert hidden == [5, 1]  # tokens at the MLP of each block: four patches and the class; the class
 
 
 def test_few_images_of_ones_own_will_do(tmp_path):

@@ -23,6 +23,8 @@ from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.deploy.parity import BATCHES, check_parity
 from vpdeploy.deploy.session import describe_input
 from vpdeploy.errors import ModelError
+from vpdeploy.models.attention.replace import replace_attention
+from vpdeploy.models.tokens.fold import fold
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import IMAGENET_MEAN, IMAGENET_STD
 from vpdeploy.surgery.plan import tensor_shapes
@@ -151,6 +153,7 @@ def export_onnx(
 ) -> Parity:
     """Write ``model`` behind its preprocessing as one ONNX file, and prove that ONNX Runtime computes what torch does.
 
+    Of a vision transformer's last block the file computes what is read of it; the proof is against ``model`` as it is.
     images: uint8 [h, w, 3] each, for the proof; None: 32 that are made up. They must not all get the same logits. Nothing is
     at ``path`` before the proof holds.
 
@@ -166,15 +169,21 @@ def export_onnx(
         _check_certificate(spec.certificate, network)
     prompt = None if spec.prompt is None else ConstantPrompt(spec.prompt.detach().to("cpu", torch.float32))
     canvas = Canvas(spec.image_size, spec.canvas, mean=spec.mean, std=spec.std, prompt=prompt)
-    deployable = Deployable(network, canvas, form=spec.form, image_size=spec.image_size, resize_how=spec.resize)
-    deployable.eval().requires_grad_(False)
+    shipped = copy.deepcopy(replace_attention(network, torch.zeros(1, 3, spec.canvas, spec.canvas)).network)
+    fold(shipped, canvas_size=spec.canvas)
+    given, deployable = (_deployable(of, canvas, spec) for of in (network, shipped))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / Path(path).name
         to_onnx(deployable, file, opset=spec.opset, metadata={**_about(spec), **(spec.metadata or {})})
         enough = max(len(shown), *BATCHES)  # the largest batch is made of as many images
-        parity, _ = check_parity(deployable, file, images=shown, vector_bytes=0, at_least=enough)
+        parity, _ = check_parity(given, file, images=shown, vector_bytes=0, at_least=enough)
         run_folder.write_bytes(Path(path), file.read_bytes())
     return parity
+
+
+def _deployable(network: nn.Module, canvas: Canvas, spec: ExportSpec) -> Deployable:
+    made = Deployable(network, canvas, form=spec.form, image_size=spec.image_size, resize_how=spec.resize)
+    return made.eval().requires_grad_(False)
 
 
 def _pictures(images: Sequence[np.ndarray]) -> list[np.ndarray]:
