@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import shutil
 import statistics
@@ -41,6 +42,8 @@ from vpdeploy.sweeping.condensation import SCORES, condense
 from vpdeploy.values import Condensation, CondensedPoint
 
 HERE = Path(__file__).parent
+HEAD = "no tokens, the head alone"
+WRITTEN_OUT = SDPBackend.MATH  # attention to so few tokens: on a CPU a sixth of a training step faster than one kernel
 
 
 # --- prepare ----------------------------------------------------------------------------------------------------------------
@@ -94,8 +97,7 @@ def pretrain(out: Path, *, epochs: int) -> None:
             warm = min(1.0, done * epochs / steps)
             optimizer.param_groups[0]["lr"] = 1e-3 * warm * 0.5 * (1 + math.cos(math.pi * done / steps))
             shown = normalised(augment(images[places], "crop-flip", generator=generator))
-            # Written out, attention to so few tokens is a sixth of a step faster on a CPU than in one kernel.
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(WRITTEN_OUT):
                 loss = F.cross_entropy(network(shown).float(), labels[places], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -133,15 +135,16 @@ def run(out: Path, *, seeds: Sequence[int], shares: Sequence[float], given: Sequ
     for seed in seeds:
         overrides = [*given, f"seed={seed}"]
         again = ["vpdeploy", "run", "vit_prompts.toml", *(word for text in overrides for word in ("--set", text))]
-        made = condense(
-            load_recipe(out / "vit_prompts.toml", overrides),
-            out / f"seed-{seed}",
-            trained=None,
-            shares=shares,
-            scores=SCORES,
-            again=again,
-            display=Display(),
-        )
+        with sdpa_kernel(WRITTEN_OUT):
+            made = condense(
+                load_recipe(out / "vit_prompts.toml", overrides),
+                out / f"seed-{seed}",
+                trained=None,
+                shares=shares,
+                scores=SCORES,
+                again=again,
+                display=Display(),
+            )
         for row in condensation_sheet(made).rows:
             print("  ".join(cell.text for cell in row), flush=True)
 
@@ -151,7 +154,7 @@ def run(out: Path, *, seeds: Sequence[int], shares: Sequence[float], given: Sequ
 
 @dataclass(frozen=True)
 class Figure:
-    """One score and share over the seeds: top-1 in per cent."""
+    """One score and share over the seeds: top-1 in per cent. ``score``: "" for all tokens, HEAD for none."""
 
     score: str
     keep: float
@@ -176,17 +179,24 @@ class Figure:
 
 def figures_of(out: Path) -> list[Figure]:
     points: dict[tuple[str, float], dict[int, CondensedPoint]] = {}
+    untouched: dict[int, float] = {}
     for path in sorted(out.glob("seed-*/condensation.json")):
+        seed = int(path.parent.name.removeprefix("seed-"))
         for point in read_value(path, Condensation).points:
-            points.setdefault((point.score, point.keep), {})[int(path.parent.name.removeprefix("seed-"))] = point
+            points.setdefault((point.score, point.keep), {})[seed] = point
+        arms = json.loads((path.parent / "all" / "report.json").read_bytes())["arms"]
+        untouched[seed] = 100 * arms["dense"]["accuracy_top1"]
     return [
-        Figure(
-            score,
-            keep,
-            statistics.mean(point.tokens for point in of.values()),
-            {seed: 100 * point.accuracy_top1 for seed, point in of.items()},
-        )
-        for (score, keep), of in points.items()
+        Figure(HEAD, 0.0, 0, untouched),
+        *(
+            Figure(
+                score,
+                keep,
+                statistics.mean(point.tokens for point in of.values()),
+                {seed: 100 * point.accuracy_top1 for seed, point in of.items()},
+            )
+            for (score, keep), of in points.items()
+        ),
     ]
 
 
@@ -216,11 +226,13 @@ def write_page(found: Sequence[Figure], page: Path) -> None:
     drawn = MatplotlibFigure(figsize=(6.4, 4), layout="constrained")
     axes: Any = drawn.subplots()
     whole = next(figure for figure in found if not figure.score)
-    for number, score in enumerate(dict.fromkeys(figure.score for figure in found if figure.score)):
+    for number, score in enumerate(dict.fromkeys(figure.score for figure in found if figure.score not in ("", HEAD))):
         line = sorted((whole, *(f for f in found if f.score == score)), key=lambda figure: figure.tokens)
         x = [figure.tokens * (1 + 0.012 * number) for figure in line]  # so that deviations stand side by side
         y, spread = [figure.mean for figure in line], [figure.deviation for figure in line]
         axes.errorbar(x, y, yerr=spread, label=score, marker="o", markersize=3, linewidth=1.2, capsize=2)
+    head = next(figure for figure in found if figure.score == HEAD)
+    axes.axhline(head.mean, label=HEAD, color="grey", linewidth=1, linestyle=":")
     axes.set_xlabel("tokens, of all blocks")
     axes.set_ylabel("top-1 on test, %: mean and deviation over seeds")
     axes.legend(frameon=False)

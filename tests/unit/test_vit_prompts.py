@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,20 @@ AT = Conditions("onnxruntime-cpu", "cpu", "fp32", "float", 1, 1)
 
 def point(score: str, keep: float, top1: float) -> CondensedPoint:
     run = f"{score}-{keep:g}" if score else "all"
-    return CondensedPoint(score, keep, round(20 * keep), run, "", top1, (0.0, 1.0), 100, None, COST, COST, AT)
+    return CondensedPoint(
+        score=score,
+        keep=keep,
+        tokens=round(20 * keep),
+        run=run,
+        command="",
+        accuracy_top1=top1,
+        accuracy_top1_interval=(0.0, 1.0),
+        n=100,
+        difference=None,
+        published=COST,
+        shipped=COST,
+        conditions=AT,
+    )
 
 
 @pytest.fixture
@@ -32,13 +46,16 @@ def out(tmp_path: Path) -> Path:
         points += [
             point(score, 0.5, top1) for score, top1 in zip(("gradient", "random", "scratch"), others, strict=True)
         ]
-        (tmp_path / f"seed-{seed}").mkdir()
+        (tmp_path / f"seed-{seed}" / "all").mkdir(parents=True)
+        dense = {"arms": {"dense": {"accuracy_top1": 0.5}}}
+        (tmp_path / f"seed-{seed}" / "all" / "report.json").write_text(json.dumps(dense))
         write_value(tmp_path / f"seed-{seed}" / "condensation.json", Condensation("t", tuple(points), {}))
     return tmp_path
 
 
 def test_means_deviations_and_differences_paired_by_seed(out: Path) -> None:
-    _, _, whole, gradient, random, scratch = benchmark.lines(benchmark.figures_of(out))
+    _, _, head, whole, gradient, random, scratch = benchmark.lines(benchmark.figures_of(out))
+    assert head.startswith("| no tokens, the head alone | 0 % | 0 | 50.00 ± 0.00 | 50.00, 50.00 | -31.00 ± 1.41 |")
     assert whole == "| all tokens | 100 % | 20 | 81.00 ± 1.41 | 80.00, 82.00 | – | – | – |"
     assert (
         gradient
@@ -52,7 +69,7 @@ def test_means_deviations_and_differences_paired_by_seed(out: Path) -> None:
 def test_the_page_holds_every_run(out: Path, tmp_path: Path) -> None:
     benchmark.write_page(benchmark.figures_of(out), tmp_path / "page")
     rows = (tmp_path / "page" / "results.csv").read_text().splitlines()
-    assert rows[0] == "score,keep,tokens,seed,top1_test" and len(rows) == 1 + 2 * 4
+    assert rows[0] == "score,keep,tokens,seed,top1_test" and len(rows) == 1 + 2 * 5
     assert "<svg" in (tmp_path / "page" / "curve.svg").read_text()
 
 
