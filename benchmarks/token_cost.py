@@ -60,7 +60,7 @@ def variants(count: int) -> dict[str, nn.Module]:
     for one in (naive, folded, shipped):
         put_tokens(one, tokens, table)
     as_published(naive)
-    fold_tokens(folded)
+    fold_tokens(folded, canvas_size=SIDE)
     fold(shipped, canvas_size=SIDE)
     return {f"N = {count}, in the sequence": naive, f"N = {count}, folded": folded, f"N = {count}, as shipped": shipped}
 

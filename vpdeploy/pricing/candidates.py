@@ -30,6 +30,7 @@ from vpdeploy.models.tokens.fold import fold, with_constants
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.scoring.condense import count_kept
 from vpdeploy.surgery.cost import Array
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan, tensor_shapes, tensors
@@ -241,7 +242,7 @@ def _with_tokens(backbone: nn.Module, recipe: Recipe) -> nn.Module:
     network, table, condense = copy.deepcopy(backbone), recipe.prompt.tokens, recipe.condense
     if table.learned_in("tune"):
         share = condense.keep if condense.scope == "layer" else 1.0
-        fewer = table.model_copy(update={"count": math.ceil(share * table.count), "width": None})
+        fewer = table.model_copy(update={"count": count_kept(share, table.count), "width": None})
         tokens = new_tokens(network, fewer, generator=torch.Generator().manual_seed(0))
         put_tokens(network, tokens, table)
     return network

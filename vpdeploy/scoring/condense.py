@@ -53,8 +53,13 @@ def kept_tokens(scores: Mapping[str, Tensor], *, keep: float, scope: Scope) -> d
     return dict(zip(scores, whole.split([len(row) for row in scores.values()]), strict=True))
 
 
+def count_kept(keep: float, count: int) -> int:
+    """How many of ``count`` tokens a share of ``keep`` is: at least one, and no fraction of one is lost."""
+    return min(count, max(1, math.ceil(keep * count - 1e-9)))
+
+
 def _highest(row: Tensor, keep: float) -> Tensor:
-    count = min(len(row), max(1, math.ceil(keep * len(row) - 1e-9)))
+    count = count_kept(keep, len(row)) if len(row) else 0
     stays = torch.zeros(len(row), dtype=torch.bool)
     stays[row.argsort(descending=True, stable=True)[:count]] = True
     return stays

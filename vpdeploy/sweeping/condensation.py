@@ -12,6 +12,7 @@ from vpdeploy.pipeline import run, search_only
 from vpdeploy.progress import Display
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.report.condensation import condensation_of, render_condensation
+from vpdeploy.scoring.condense import count_kept
 from vpdeploy.stages import Ledger, Stage, is_done, read_recipe
 from vpdeploy.sweeping.points import SHARED, begin_from, command_of, settled, write_pages, written
 from vpdeploy.values import AccuracyDifference, Condensation, Report
@@ -81,7 +82,7 @@ def _values(recipe: Recipe, name: str, found: Path) -> Mapping[str, str | float 
         return {"condense.keep": 1.0, "search.found": str(found)}
     score, _, share = name.partition("-")
     if score == SCRATCH:
-        return {"condense.keep": 1.0, "prompt.tokens.count": max(1, round(float(share) * recipe.prompt.tokens.count))}
+        return {"condense.keep": 1.0, "prompt.tokens.count": count_kept(float(share), recipe.prompt.tokens.count)}
     return {"condense.keep": float(share), "condense.score": score, "search.found": str(found)}
 
 

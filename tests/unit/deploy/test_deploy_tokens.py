@@ -56,7 +56,7 @@ def test_the_file_computes_what_the_unfolded_network_does(
         expected, without = (of(canvas(images)).numpy() for of in (network, plain))
     scale = np.abs(expected).max()
     assert np.abs(expected - without).max() > MATTERS * scale
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     assert cross is None or any(isinstance(module, cross) for module in network.modules())
     deployable = (
         Deployable(network, canvas, form="float", image_size=SIDE, resize_how="stretch").eval().requires_grad_(False)

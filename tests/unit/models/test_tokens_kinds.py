@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory
 from vpdeploy.models.tokens.blocks import OpenBlock, blocks_of
 from vpdeploy.models.tokens.cross import CrossAttention, FoldedCross
-from vpdeploy.models.tokens.fold import fold, fold_tokens, with_constants
+from vpdeploy.models.tokens.feed import widen
+from vpdeploy.models.tokens.fold import check_tokens, fold, fold_tokens, with_constants
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens, take_tokens, token_parameters
 from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
@@ -58,7 +60,7 @@ def test_folded_is_what_was_there(kind, name):
     network, x = prompted(copy.deepcopy(plain), table(kind)), images()
     expected = network(x)
     assert (expected - plain(x)).abs().max() > MATTERS
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     torch.testing.assert_close(network(x), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
     left = token_parameters(network)
     assert bool(left) == (kind == "vpt-shallow")
@@ -185,14 +187,14 @@ def test_memory_is_hidden_units_without_bias():
 )
 def test_the_cheapest_form_that_is_exact_is_taken(name, count, kind):
     network = prompted(replaced(VITS[name]()), table("cvpt", count=count))
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     assert [type(block.module.cross) for block in blocks_of(network)] == [kind] * 3
 
 
 @torch.no_grad()
 def test_units_beside_the_mlp_become_units_of_it():
     network = prompted(replaced(torchvision_vit()), table("ffn-memory", count=6))
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     assert not any(isinstance(module, OpenBlock) for module in network.modules())
     layers = [block.mlp_layers for block in blocks_of(network)]
     assert all((first.out_features, second.in_features) == (46, 46) for first, _, second in layers)
@@ -216,7 +218,7 @@ def test_heads_and_units_go_as_they_would_without_tokens(kind):
     masked = Gated(copy.deepcopy(network), groups)(images(), mask_row(groups, mask, dtype=torch.float64))
     torch.testing.assert_close(smaller(images()), masked, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
     assert (masked - network(images())).abs().max() > MATTERS
-    fold_tokens(smaller)
+    fold_tokens(smaller, canvas_size=SIDE)
     torch.testing.assert_close(smaller(images()), masked, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
 
 
@@ -234,14 +236,21 @@ def test_the_last_block_computes_what_is_read_of_it(kind, name):
     block.module.register_forward_hook(lambda module, args, out: given.update(out=out))
     torch.testing.assert_close(network(images()), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
     tokens = given["out"].shape[1]
-    if "mean" in name:
-        assert made == Fold("read-out", False, f"more than 2 of the last block's {tokens} are read") and tokens >= 16
+    if "mean" in name and kind == "vpt-shallow":
+        assert made == Fold("read-out", True, f"the last block computes {tokens} of {tokens + 4}: no other is read")
+    elif "mean" in name:
+        expected_reason = f"of the last block's {tokens}, others are read than the first 2"
+        assert made == Fold("read-out", False, expected_reason) and tokens >= 16
     else:
         assert made.done and tokens == 1 and made.how.startswith("the last block computes 1 of ")
-    # the last block's tokens but the first are dead work: they may be anything
-    last = list(blocks_of(plain))[-1].module
-    last.register_forward_hook(lambda module, args, out: torch.cat([out[:, :1], out[:, 1:] + 1.0], dim=1))
-    assert torch.equal(plain(images()), expected) == made.done
+    # what it does not compute is dead work: it may be anything. And nothing else is
+    last, ramp = list(blocks_of(plain))[-1].module, torch.linspace(0, 2, WIDTH, dtype=torch.float64)
+    for computed, same in ((tokens if made.done else 2, made.done), (tokens - 1, False)):
+        hook = last.register_forward_hook(
+            lambda module, args, out, first=computed: torch.cat([out[:, :first], out[:, first:] * ramp], dim=1)
+        )
+        assert torch.equal(plain(images()), expected) == same
+        hook.remove()
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -290,6 +299,86 @@ def test_a_network_that_asks_for_all_tokens_gets_them():
     assert torch.equal(network(images()), expected) and [type(module) for module in network.modules()] == types
 
 
+class Comparing(torchvision.models.VisionTransformer):
+    """Counts large numbers in tokens that it reads nothing else of: not-a-number is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), self._process_input(x)], dim=1)
+        x = self.encoder(x)
+        return self.heads(x[:, 0] * (1 + (x[:, 1:] > 3).to(x).sum(dim=1)))
+
+
+class Weighing(torchvision.models.VisionTransformer):
+    """Reads the first token, and how many there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), self._process_input(x)], dim=1)
+        x = self.encoder(x)
+        return self.heads(x[:, 0] * (1 + 1e-3 * x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Comparing, "of the last block's 17, others are read than the first 2"),
+        (Weighing, r"with 1 of the last block's 17 logits differ by 0\.\d+ of the largest"),
+    ],
+)
+@torch.no_grad()
+def test_what_reads_others_in_other_ways_is_left_as_it_was(kind, reason):
+    torch.manual_seed(0)
+    made = kind(image_size=SIDE, patch_size=4, num_layers=2, num_heads=3, hidden_dim=WIDTH, mlp_dim=40, num_classes=5)
+    network = replaced(randomised(made))
+    expected = network(images())
+    (found,) = fold(network, canvas_size=SIDE)
+    assert not found.done and re.fullmatch(reason, found.how)
+    assert torch.equal(network(images()), expected)
+
+
+@pytest.mark.parametrize("kind", ["cvpt", "ffn-memory"])
+def test_a_block_whose_hooks_would_be_lost_gets_no_tokens(kind):
+    network = replaced(torchvision_vit()).float()
+    name = list(blocks_of(network))[1].name
+    network.get_submodule(name).register_forward_hook(lambda module, args, out: out.tanh())
+    with pytest.raises(ModelError, match=f"got '{kind}' for .*, whose {name} has hooks"):
+        check_tokens(network, table(kind), canvas_size=SIDE)
+    check_tokens(network, table("vpt-deep"), canvas_size=SIDE)  # they are put into attention: no block is exchanged
+
+
+def test_of_a_block_with_hooks_all_is_computed():
+    network = replaced(torchvision_vit())
+    last = list(blocks_of(network))[-1]
+    last.module.register_forward_hook(lambda module, args, out: out.tanh())
+    expected = network(images())
+    reason = f"{last.name} has hooks, which would not be called any more: remove them"
+    assert fold(network, canvas_size=SIDE) == (Fold("read-out", False, reason),)
+    assert torch.equal(network(images()), expected)
+
+
+@pytest.mark.parametrize("kind", ["cvpt", "ffn-memory"])
+def test_blocks_that_share_weights_get_no_tokens(kind):
+    network: Any = replaced(torchvision_vit()).float()
+    network.encoder.layers[2] = network.encoder.layers[0]
+    with pytest.raises(ModelError, match="stands in several places of the network, in whole or in part"):
+        check_tokens(network, table(kind), canvas_size=SIDE)
+    check_tokens(network, table("vpt-deep"), canvas_size=SIDE)  # both read the same
+
+
+def test_a_fold_that_is_wrong_is_told(monkeypatch):
+    """With tokens that begin as nothing too: they are tried with others."""
+    network = replaced(torchvision_vit()).float()
+
+    def wrong(first: nn.Linear, second: nn.Linear, tokens: Tensor) -> None:
+        widen(first, second, 1.01 * tokens)
+
+    monkeypatch.setattr("vpdeploy.models.tokens.fold.widen", wrong)
+    with pytest.raises(ModelError, match="with its tokens folded, VisionTransformer gives logits that differ by"):
+        check_tokens(network, table("ffn-memory"), canvas_size=SIDE)
+    prompted(network.double(), table("ffn-memory"))
+    with pytest.raises(ModelError, match="with its tokens folded"):
+        fold(network, canvas_size=SIDE)
+
+
 @torch.no_grad()
 def test_windows_are_averaged():
     network = replaced(swin())
@@ -300,7 +389,10 @@ def test_windows_are_averaged():
     ("kind", "folds"),
     [
         ("vpt-deep", [(True, "constant keys and values, in 3 blocks")]),
-        ("vpt-shallow", [(False, "in the sequence: every block reads what the one before makes of them")]),
+        (
+            "vpt-shallow",
+            [(False, "in the sequence: from the second block on each reads what the one before makes of them")],
+        ),
         ("cvpt", [(True, "two linear layers, in 2 blocks"), (True, "constant keys and values, in 1 block")]),
         ("ffn-memory", [(True, "hidden units of the MLP, in 3 blocks")]),
     ],
@@ -308,7 +400,7 @@ def test_windows_are_averaged():
 def test_what_was_folded_is_told(kind, folds):
     counts = (4, 5, 20) if kind == "cvpt" else ()
     network = prompted(replaced(torchvision_vit()), table(kind, count=max(counts, default=4)), counts=counts)
-    assert [(made.done, made.how) for made in fold_tokens(network)] == folds
+    assert [(made.done, made.how) for made in fold_tokens(network, canvas_size=SIDE)] == folds
 
 
 @pytest.mark.parametrize(("kind", "count"), [*((kind, 4) for kind in KINDS), ("cvpt", 20)])
@@ -352,13 +444,13 @@ def test_a_swin_takes_units_beside_its_mlp():
     network, x = prompted(copy.deepcopy(plain), table("ffn-memory")), images()
     expected = network(x)
     assert (expected - plain(x)).abs().max() > MATTERS
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     torch.testing.assert_close(network(x), expected, rtol=SAME_FLOAT64, atol=SAME_FLOAT64)
 
 
 def test_deep_tokens_fold_to_keys_and_values():
     network = prompted(replaced(swin()), table("vpt-deep"), counts=(1, 2, 3, 4))
-    fold_tokens(network)
+    fold_tokens(network, canvas_size=SIDE)
     assert [block.attention.memory.key.shape[1:] for block in blocks_of(network)] == [
         (3, 1, 8),
         (3, 2, 8),

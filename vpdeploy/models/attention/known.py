@@ -148,7 +148,7 @@ def why_not(module: nn.Module, known: Known, holders: Counter[int]) -> str | Non
         where = f"its {name}" if name else "it"
         if parametrize.is_parametrized(part):
             return f"{where} has a computed weight: fold it in by torch.nn.utils.parametrize.remove_parametrizations()"
-        if _hooks(part):
+        if has_hooks(part):
             return f"{where} has hooks (weight_norm, spectral_norm and torch.nn.utils.prune leave some): remove them"
     for name in known.layers:
         part = getattr(module, name)
@@ -162,7 +162,8 @@ def why_not(module: nn.Module, known: Known, holders: Counter[int]) -> str | Non
     return known.unfit(module)
 
 
-def _hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called with each forward or backward of ``module``, beside its own."""
     return any(
         (
             module._forward_hooks,

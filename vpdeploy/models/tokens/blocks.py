@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vpdeploy.models.attention.known import count_holders, has_hooks
 from vpdeploy.models.attention.multihead import MultiheadAttention
 from vpdeploy.models.attention.tokens import TokenAttention
 from vpdeploy.models.attention.window import ShiftedWindowAttention, WindowAttention
@@ -190,6 +191,18 @@ class OpenBlock(nn.Module):
 
     def _crossed(self, x: Tensor) -> Tensor | float:
         return 0.0 if self.cross is None else self.cross(x, Block("", self.kind, self).attention)
+
+
+def why_not_exchanged(network: nn.Module, place: nn.Module) -> str | None:
+    """What something with the children of ``place``, put in its place in ``network``, would lose or change beside it; None when
+    nothing.
+    """
+    if has_hooks(place):
+        return "has hooks, which would not be called any more: remove them"
+    holders = count_holders(network)
+    if any(holders[id(part)] > 1 for part in place.modules() if next(part.parameters(), None) is not None):
+        return "stands in several places of the network, in whole or in part"
+    return None
 
 
 def blocks_of(network: nn.Module) -> Iterator[Block]:

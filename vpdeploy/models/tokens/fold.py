@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vpdeploy.errors import ModelError
 from vpdeploy.models.attention.memory import ConstantMemory, PromptTokens
-from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for
+from vpdeploy.models.tokens.blocks import Block, OpenBlock, blocks_of, stood_for, why_not_exchanged
 from vpdeploy.models.tokens.cross import FoldedCross, fold_cross
 from vpdeploy.models.tokens.feed import FeedMemory, widen
-from vpdeploy.models.tokens.prompt import exchange, holders, new_projection, new_tokens, put_tokens
+from vpdeploy.models.tokens.prompt import exchange, holders, new_projection, new_tokens, put_tokens, token_places
+from vpdeploy.models.tokens.sequence import WithTokens
 from vpdeploy.recipe.tables import TokensTable
 from vpdeploy.values import ChannelGroup, Fold, Member
 
@@ -28,17 +29,23 @@ def fold(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
     """Change ``network``, which computes in evaluation what it did. Gives what was done, and what was not and why; nothing for a
     network without blocks that tokens can be put into.
     """
-    return (*fold_tokens(network), *fold_readout(network, canvas_size=canvas_size))
+    return (*fold_tokens(network, canvas_size=canvas_size), *fold_readout(network, canvas_size=canvas_size))
 
 
 @torch.no_grad()
-def fold_tokens(network: nn.Module) -> tuple[Fold, ...]:
+def fold_tokens(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
     """Change ``network``: keys and values of tokens become constants, what the stream looks at in an attention of its own its
     cheapest form, and units beside an MLP units of it. Tokens in the sequence stay.
+
+    Raises: ModelError when it computes something else then.
     """
+    with_tokens = list(holders(network))
+    if not with_tokens:
+        return ()
+    images = _images(network.eval(), canvas_size)
+    expected = network(images)
     found: Counter[tuple[bool, str]] = Counter()
-    for block, part in list(holders(network)):
-        part.eval()
+    for block, part in with_tokens:
         if isinstance(part, PromptTokens) and part is block.cross_memory:
             block.module.cross = fold_cross(part.rows(), block.attention)
             linear = isinstance(block.module.cross, FoldedCross)
@@ -52,7 +59,13 @@ def fold_tokens(network: nn.Module) -> tuple[Fold, ...]:
             exchange(network, block.name, stood_for(block.module))
             found[True, "hidden units of the MLP"] += 1
         else:
-            found[False, "in the sequence: every block reads what the one before makes of them"] += 1
+            found[False, "in the sequence: from the second block on each reads what the one before makes of them"] += 1
+    difference = relative(network(images), expected)
+    if not difference <= FOLDED:
+        raise ModelError(
+            f"prompt.tokens.kind: with its tokens folded, {type(network).__name__} gives logits that differ by {difference:.2g} "
+            f"of the largest; expected at most {FOLDED:g}: another kind, or 'none'"
+        )
     return tuple(
         Fold("tokens", done, f"{how}, in {count} block{'s' if count > 1 else ''}" if done else how)
         for (done, how), count in found.items()
@@ -63,26 +76,27 @@ def fold_tokens(network: nn.Module) -> tuple[Fold, ...]:
 def fold_readout(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
     """Change ``network``: its last block computes the tokens alone that the logits depend on, of keys and values of all.
 
-    Whether a token is read is tried: not-a-number in its place reaches the logits if it is.
+    Whether a token is read is tried: not-a-number in its place reaches the logits if it is, but for comparisons; these see large
+    numbers there.
     """
     block = next(reversed(list(blocks_of(network))), None)
     if block is None:
         return ()
     if "swin" in block.kind.library:
         return (_readout(False, "all of the last block are averaged"),)
-    network.eval()
-    image = torch.rand(2, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(0))
-    image = image.to(next(network.parameters()))
-    count, rows = _tokens_read(network, block, image)
+    if reason := why_not_exchanged(network, block.module):
+        return (_readout(False, f"{block.name} {reason}"),)
+    images = _images(network.eval(), canvas_size)
+    count, rows = _tokens_read(network, block, images)
     if rows is None:
-        return (_readout(False, f"more than {LEADING[-1]} of the last block's {count} are read"),)
-    expected, before = network(image), block.module
+        return (_readout(False, f"of the last block's {count}, others are read than the first {LEADING[-1]}"),)
+    expected, before = network(images), block.module
     opened = before if isinstance(before, OpenBlock) else OpenBlock(before, block.kind)
     exchange(network, block.name, opened)
     attention: Any = block.attention
     opened.rows = attention.rows = rows
     try:
-        difference = relative(network(image), expected)
+        difference = relative(network(images), expected)
     except Exception as e:  # somebody's forward: whatever it raises
         reason = (
             f"{type(network).__name__} does not run when the last block gives {rows} of {count}: {type(e).__name__}"
@@ -137,25 +151,42 @@ def _readout(done: bool, how: str) -> Fold:
     return Fold("read-out", done, how)
 
 
-def _tokens_read(network: nn.Module, block: Block, image: Tensor) -> tuple[int, int | None]:
-    """How many tokens ``block`` gives, and how many of the first of them the logits depend on; None for more than ``LEADING``."""
-    count = 0
-
-    def spoil(module: nn.Module, args: object, out: Tensor) -> Tensor:
-        nonlocal count
-        count = out.shape[1]
-        out = out.clone()
-        out[:, rows:] = torch.nan
-        return out
-
-    for rows in LEADING:
-        hook = block.module.register_forward_hook(spoil)
-        try:
-            if bool(network(image).isfinite().all()):
-                return count, rows
-        finally:
-            hook.remove()
+def _tokens_read(network: nn.Module, block: Block, images: Tensor) -> tuple[int, int | None]:
+    """How many tokens ``block`` gives, and how many of the first of them the logits depend on: one, two, or all but those that
+    were put behind the image's; None for others.
+    """
+    shapes: list[torch.Size] = []
+    hook = block.module.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    expected = network(images)
+    hook.remove()
+    count = shapes[0][1]
+    large = 1e3 * torch.randn(shapes[0], generator=torch.Generator().manual_seed(0)).to(images)
+    behind = sum(len(part.tokens) for _, part in holders(network) if isinstance(part, WithTokens))
+    for rows in (*LEADING, *([count - behind] if behind else [])):
+        spoilt = (
+            torch.equal(_spoilt(network, block, images, rows=rows, by=by), expected)
+            for by in (torch.full_like(large, torch.nan), large)
+        )
+        if all(spoilt):
+            return count, rows
     return count, None
+
+
+def _spoilt(network: nn.Module, block: Block, images: Tensor, *, rows: int, by: Tensor) -> Tensor:
+    """The logits with ``by``, [n, L, c], in place of all but the first ``rows`` tokens that ``block`` gives."""
+    hook = block.module.register_forward_hook(lambda module, args, out: torch.cat([out[:, :rows], by[:, rows:]], dim=1))
+    try:
+        return network(images)
+    finally:
+        hook.remove()
+
+
+def _images(network: nn.Module, canvas_size: int) -> Tensor:
+    """Four to try ``network`` with, two of them as pixels are and two as they are after normalisation."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, canvas_size, canvas_size)
+    images = torch.cat([torch.rand(shape, generator=generator), torch.randn(shape, generator=generator)])
+    return images.to(next(network.parameters()))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -165,26 +196,27 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def check_tokens(network: nn.Module, table: TokensTable, *, canvas_size: int) -> None:
-    """Raises: ModelError when ``network`` has no block for tokens of the kind, does not run with them, or not as before when they
-    are folded. It is not changed.
+    """Raises: ModelError when ``network`` has no block for tokens of the kind, is changed by their place alone, does not run with
+    them, or not as before when they are folded. It is not changed.
     """
+    for name, place in token_places(network, table.kind).items():
+        if reason := why_not_exchanged(network, place):
+            raise ModelError(
+                f"prompt.tokens.kind: got {table.kind!r} for {type(network).__name__}, whose {name} {reason}; "
+                "expected blocks as their library made them, or 'none'"
+            )
     twin = copy.deepcopy(network).eval()
     drawn = torch.Generator().manual_seed(0)
     tokens, projection = new_tokens(twin, table, generator=drawn), new_projection(twin, table, generator=drawn)
+    # Some begin as nothing, of which every fold is right.
+    tokens = {name: rows + 0.1 * torch.randn(rows.shape, generator=drawn) for name, rows in tokens.items()}
     put_tokens(twin, tokens, table, projection=projection)
-    image = torch.rand(1, 3, canvas_size, canvas_size, generator=torch.Generator().manual_seed(1))
     try:
-        expected = twin(image)
-        fold_tokens(twin)
-        folded = twin(image)
+        fold_tokens(twin, canvas_size=canvas_size)
+    except ModelError:
+        raise
     except Exception as e:  # somebody's forward: whatever it raises
         raise ModelError(
             f"prompt.tokens.kind: {type(network).__name__} does not run with tokens of kind {table.kind!r}: {type(e).__name__}: "
             f"{e}; expected another kind, or 'none'"
         ) from e
-    difference = relative(folded, expected)
-    if not difference <= FOLDED:
-        raise ModelError(
-            f"prompt.tokens.kind: with tokens of kind {table.kind!r} folded, {type(network).__name__} gives logits that differ "
-            f"by {difference:.2g} of the largest; expected at most {FOLDED:g}: another kind, or 'none'"
-        )

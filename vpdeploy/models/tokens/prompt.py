@@ -48,6 +48,16 @@ def token_blocks(network: nn.Module, kind: str) -> dict[str, Block]:
     return {block.name: block for block in blocks}
 
 
+def token_places(network: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """What tokens of ``kind`` are put into, or in place of, by name. Raises: ModelError when there is nothing."""
+    blocks = token_blocks(network, kind)
+    if kind != "vpt-shallow":
+        return {name: block.attention if kind == "vpt-deep" else block.module for name, block in blocks.items()}
+    name = _sequence(network)
+    assert name is not None
+    return {name: network.get_submodule(name)}
+
+
 WHERE = {
     "vpt-deep": "a vision transformer or a Swin of torchvision or timm",
     "vpt-shallow": "a vision transformer of torchvision or timm",
