@@ -7,14 +7,19 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from integration.command_line import fresh, here
 
 from vpdeploy import run_folder
+from vpdeploy.progress import Display
+from vpdeploy.recipe.reading import load_recipe
+from vpdeploy.recipe.tables import Recipe
 from vpdeploy.run_folder import read_found, read_value
-from vpdeploy.values import Condensation, Measurement
+from vpdeploy.sweeping import condensation
+from vpdeploy.values import Condensation, Measurement, Report
 
 NETWORK = """
 from torchvision.models import VisionTransformer
@@ -150,6 +155,33 @@ def test_again_it_does_nothing_and_a_trained_run_is_condensed_alone(condensed, c
     recipe = tomllib.loads((tmp_path / "few" / "random-0.4" / "recipe.toml").read_text())
     assert recipe["condense"]["score"] == "random"
     assert read_value(tmp_path / "few" / "random-0.4" / "measured" / "pruned.json", Measurement).tokens is not None
+
+
+def test_a_page_never_loses_a_point(condensed, tmp_path, monkeypatch):
+    """Interrupted while it goes through what is there."""
+    folder = tmp_path / "out"
+    shutil.copytree(condensed[0] / "out", folder)
+    page, run = (folder / "condensation.html").read_bytes(), condensation.run
+
+    def interrupted(recipe: Recipe, path: Path, **options: Any) -> Report:
+        if path.name != "all":
+            raise KeyboardInterrupt
+        return run(recipe, path, **options)
+
+    monkeypatch.setattr(condensation, "run", interrupted)
+    recipe = load_recipe(condensed[0] / "recipe.toml", [])
+    with pytest.raises(KeyboardInterrupt):
+        condensation.condense(
+            recipe,
+            folder,
+            trained=None,
+            shares=(1.0, 0.35),
+            scores=("gradient", "scratch"),
+            again=(),
+            display=Display(),
+        )
+    assert [point.run for point in made_in(folder).points] == NAMES
+    assert (folder / "condensation.html").read_bytes() == page
 
 
 @pytest.mark.parametrize(

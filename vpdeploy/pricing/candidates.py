@@ -22,10 +22,12 @@ from vpdeploy.deploy.bake import ConstantPrompt, Deployable
 from vpdeploy.deploy.graph_cut import CannotCut, Graph, read_graph
 from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.deploy.session import describe
-from vpdeploy.errors import VpdeployError
+from vpdeploy.errors import BudgetError, VpdeployError
 from vpdeploy.measure.engines import Setting, Subject, open_session
 from vpdeploy.measure.inputs import random_images
 from vpdeploy.models.classifier import take_rows
+from vpdeploy.models.tokens.blocks import blocks_of
+from vpdeploy.models.tokens.cross import grows_with_fewer
 from vpdeploy.models.tokens.fold import fold, with_constants
 from vpdeploy.models.tokens.prompt import new_tokens, put_tokens
 from vpdeploy.prompts.canvas import Canvas
@@ -57,6 +59,7 @@ class Candidates:
         self.backbone = _with_tokens(self._plain, work.recipe) if prompted else copy.deepcopy(self._plain)
         for network in (self._plain, self.backbone):
             fold(network, canvas_size=work.recipe.input.canvas)
+        _check_bytes_known(self.backbone, work.recipe)
         self.groups = with_constants(groups.prunable, self.backbone)
         self.classes = work.source.classes
         self._classifier = work.built.classifier if work.built.head in ("flm", "ilm") else None
@@ -246,6 +249,25 @@ def _with_tokens(backbone: nn.Module, recipe: Recipe) -> nn.Module:
         tokens = new_tokens(network, fewer, generator=torch.Generator().manual_seed(0))
         put_tokens(network, tokens, table)
     return network
+
+
+def _check_bytes_known(folded: nn.Module, recipe: Recipe) -> None:
+    """Raises: BudgetError when a budget counts bytes and a block that keeps fewer tokens than ``folded`` has would have more."""
+    condense, budget = recipe.condense, recipe.budget
+    bounded = {"file_mib", "memory_mib"} & {budget.kind, *budget.limits.given}
+    if not bounded or condense.keep == 1 or condense.scope == "layer":
+        return
+    grows = [
+        block.name
+        for block in blocks_of(folded)
+        if grows_with_fewer(getattr(block.module, "cross", None), block.attention)
+    ]
+    if grows:
+        raise BudgetError(
+            f"budget.{min(bounded)}: got a bound of bytes with condense.scope = 'global', which may leave any number of tokens "
+            f"to {grows[0]}: fewer than {recipe.prompt.tokens.count} of cvpt may take more bytes; expected condense.scope = "
+            "'layer', fewer tokens, or another bound"
+        )
 
 
 def _long_certificate(groups: ChannelGroups, work: Workbench) -> Certificate:

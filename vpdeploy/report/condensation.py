@@ -69,7 +69,7 @@ def condensation_sheet(found: Condensation) -> Sheet:
     first = found.points[0]
     caption = (
         f"n = {first.n}; intervals at 95 %, of this one run. Below MACs: the time over the same network without tokens, "
-        f"{describe(first.conditions)}. scratch: as few tokens in each block from the start, trained as long."
+        f"{describe(first.conditions)}. scratch: from the start as few in every block, rounded up, trained as long."
     )
     columns = ("score", "kept", "tokens", "top-1", "against all, points", "MACs as published", "MACs as shipped")
     return sheet_of(caption, columns, rows())

@@ -49,8 +49,8 @@ def costs(found: Tokens) -> Sheet:
     count = sum(block.count for block in found.blocks)
     caption = (
         f"{found.kind}: {found.count} tokens of a block before condensation, {count} in all that ship. The same weights each "
-        f"time, files timed in the same rounds: {describe(found.conditions)}. As published: nothing folded, tokens in the "
-        "sequence where their authors have them there."
+        f"time, files timed in the same rounds: {describe(found.conditions)}. As published: nothing folded; tokens of VPT in the "
+        "sequence, but in windows, where their authors have them too, beside it."
     )
     return sheet_of(caption, ("network", "MACs", "params", "file, MiB", "p50, ms", "time"), rows())
 
@@ -64,7 +64,7 @@ def blocks(found: Tokens) -> Sheet:
             yield block.block, str(block.count), share
 
     caption = (
-        "Share: of the attention of all tokens of the image, the mean over heads and validation images of what goes to tokens of "
-        "the prompt."
+        "Share: of the attention of all tokens in the sequence, the mean over heads and validation images of what goes to tokens "
+        "of the prompt."
     )
     return sheet_of(caption, ("block", "tokens", "share of attention"), rows())

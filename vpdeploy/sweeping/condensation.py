@@ -54,6 +54,7 @@ def condense(
             raise RunFolderError(
                 f"{trained}: its search is not done; run `vpdeploy prune {trained / 'recipe.toml'} -o {trained}` first"
             )
+        before = {name for name in names if (folder / name / "report.json").exists()}
         reports: dict[str, Report] = {}
         commands: dict[str, str] = {}
         made: Condensation | None = None
@@ -66,7 +67,8 @@ def condense(
             display.say(f"{name}:")
             reports[name] = run(of_point, path, command=commands[name], display=display)
             made = condensation_of(reports, commands, differences=_differences(folder, list(reports)))
-            write_pages(folder, "condensation", made, render_condensation(made))
+            if before <= reports.keys():  # what a page of before shows, one of now shows too
+                write_pages(folder, "condensation", made, render_condensation(made))
     assert made is not None
     return made
 

@@ -149,6 +149,34 @@ def test_tokens_are_in_the_file_that_is_budgeted(tmp_path, kind, condense):
 
 
 @pytest.mark.parametrize(
+    ("count", "budget", "condense", "refused"),
+    [
+        (8, {"file_mib": 0.1}, {"keep": 0.5}, True),
+        (8, {"macs_ratio": 0.5, "limits": {"file_mib": 0.15}}, {"keep": 0.5}, True),
+        (8, {"file_mib": 0.1}, {"keep": 0.5, "scope": "layer"}, False),
+        (4, {"file_mib": 0.1}, {"keep": 0.5}, False),  # two linear layers, however many stay
+        (8, {"macs_ratio": 0.5}, {"keep": 0.5}, False),
+    ],
+)
+def test_a_bound_of_bytes_that_fewer_tokens_may_exceed_is_refused(tmp_path, count, budget, condense, refused):
+    """Of 24 channels and six heads: four tokens of cvpt fold to two linear layers, five to keys and values, which are smaller."""
+    (tmp_path / "net.py").write_text(TRANSFORMER)
+    work = workbench(
+        tmp_path, budget, model={"name": f"{tmp_path / 'net.py'}:vit"},
+        prompt={"pixels": {"kind": "none"}, "tokens": {"kind": "cvpt", "count": count}}, condense=condense,
+        search={"method": "vpns"},
+    )  # fmt: skip
+    groups = pipeline.grouped(work)
+    if refused:
+        with pytest.raises(
+            BudgetError, match="fewer than 8 of cvpt may take more bytes; expected condense.scope = 'layer'"
+        ):
+            pipeline.priced(work, groups)
+    else:
+        pipeline.priced(work, groups)
+
+
+@pytest.mark.parametrize(
     ("budget", "told"),
     [
         ({"latency_ratio": 0.01}, "budget.latency_ratio: got 0.01; the best reachable is 0."),
