@@ -195,7 +195,7 @@ def figures_of(out: Path) -> list[Figure]:
                 statistics.mean(point.tokens for point in of.values()),
                 {seed: 100 * point.accuracy_top1 for seed, point in of.items()},
             )
-            for (score, keep), of in points.items()
+            for (score, keep), of in sorted(points.items(), key=lambda of: -of[0][1])
         ),
     ]
 

@@ -49,8 +49,8 @@ def costs(found: Tokens) -> Sheet:
     count = sum(block.count for block in found.blocks)
     caption = (
         f"{found.kind}: {found.count} tokens of a block before condensation, {count} in all that ship. The same weights each "
-        f"time, files timed in the same rounds: {describe(found.conditions)}. As published: nothing folded; tokens of VPT in the "
-        "sequence, but in windows, where their authors have them too, beside it."
+        f"time, files timed in the same rounds: {describe(found.conditions)}. As published: nothing folded, tokens of VPT in the "
+        "sequence; of a Swin they are keys and values at all times, which is less than their authors compute."
     )
     return sheet_of(caption, ("network", "MACs", "params", "file, MiB", "p50, ms", "time"), rows())
 
