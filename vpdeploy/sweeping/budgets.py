@@ -42,10 +42,10 @@ def sweep(
         for amount, of_point in recipes.items():
             name = f"{kind}-{written(amount)}"
             path = folder / name
-            told: dict[str, Any] = {f"budget.{kind}": amount, "search.found": found}
+            values: dict[str, Any] = {f"budget.{kind}": amount, "search.found": found}
             if recipe.budget.speed != of_point.budget.speed:
-                told["budget.speed"] = "false"
-            commands[name] = command_of(again, path, told)
+                values["budget.speed"] = "false"
+            commands[name] = command_of(again, path, values)
             if not (path / "stages.json").exists():
                 begin_from(folder / SHARED, path, recipe=read_recipe(folder / SHARED))
             display.say(f"{kind} {amount:g}:")

@@ -69,7 +69,7 @@ def fold_cross(tokens: Tensor, attention: Attention) -> nn.Module:
     return FoldedCross(scores, out, tokens=count)
 
 
-def grows_with_fewer(cross: nn.Module, attention: Attention) -> bool:
+def grows_with_fewer(cross: nn.Module | None, attention: Attention) -> bool:
     """Whether ``cross``, folded, would hold more numbers with fewer tokens: as two linear layers, not as keys and values."""
     return isinstance(cross, CrossAttention) and _is_linear(attention)
 
