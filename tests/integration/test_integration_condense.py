@@ -157,10 +157,9 @@ def test_again_it_does_nothing_and_a_trained_run_is_condensed_alone(condensed, c
     assert read_value(tmp_path / "few" / "random-0.4" / "measured" / "pruned.json", Measurement).tokens is not None
 
 
-def test_a_page_never_loses_a_point(condensed, tmp_path, monkeypatch):
+def test_a_page_never_loses_a_point(condensed, monkeypatch):
     """Interrupted while it goes through what is there."""
-    folder = tmp_path / "out"
-    shutil.copytree(condensed[0] / "out", folder)
+    folder = condensed[0] / "out"
     page, run = (folder / "condensation.html").read_bytes(), condensation.run
 
     def interrupted(recipe: Recipe, path: Path, **options: Any) -> Report:
