@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vpdeploy.recipe.tables import Recipe
 
-ONCE = ("random", "magnitude", "taylor", "snip", "grasp", "synflow")  # methods that search without epochs
+ONCE = ("random", "magnitude", "taylor", "fisher", "snip", "grasp", "synflow")  # methods that search without epochs
 
 
 @dataclass(frozen=True)

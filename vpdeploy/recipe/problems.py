@@ -103,10 +103,10 @@ def _target_problems(recipe: Recipe, written: Mapping[str, Any]) -> Iterator[Pro
         )
     search = recipe.search
     if "score_init" in METHOD_KEYS[search.method]:
-        key, got, weighs = "score_init", search.score_init, "taylor"
+        key, got, weighs, does = "score_init", search.score_init, "taylor", search.starts_for_cost
     else:
-        key, got, weighs = "per_cost", search.weighs_cost, True
-    if budget.speed and got != weighs:
+        key, got, weighs, does = "per_cost", search.weighs_cost, True, search.weighs_cost
+    if budget.speed and not does:
         yield (
             ("budget.speed", f"search.{key}"),
             f"budget.speed: got true with search.{key} = {_toml(got)}, which weighs nothing against time; expected "
@@ -267,7 +267,7 @@ def _granularity_problems(recipe: Recipe) -> Iterator[Problem]:
         )
     fields = {"search.per_cost": search.per_cost, "budget.speed": budget.speed}
     fields |= {f"budget.limits.{name}": True for name in budget.limits.given}
-    fields["search.score_init"] = search.score_init == "taylor"
+    fields["search.score_init"] = search.starts_for_cost
     for key, given in fields.items():
         if given:
             yield (

@@ -231,6 +231,7 @@ Method = Literal[
     "random",
     "magnitude",
     "taylor",
+    "fisher",
     "snip",
     "grasp",
     "synflow",
@@ -252,6 +253,7 @@ METHOD_KEYS: dict[str, frozenset[str]] = {
     "random": _ONCE,
     "magnitude": _ONCE | {"norm", "rounds", "per_cost"},
     "taylor": _ONCE | {"rounds", "per_cost"},
+    "fisher": _ONCE | {"rounds", "per_cost"},
     "snip": _ONCE | {"rounds", "per_cost"},
     "grasp": _ONCE | {"rounds"},
     "synflow": _ONCE | {"rounds", "per_cost"},
@@ -269,7 +271,7 @@ class SearchTable(Table):
 
     method: Method = Field(
         default="iterative",
-        description="iterative: weights and prompt learn while channels go, round by round; vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, snip, grasp, synflow; with training of weights, too: slim, group_sl, bip, omp, lth (docs/methods.md)",
+        description="iterative: weights and prompt learn while channels go, round by round; vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, fisher, snip, grasp, synflow; with training of weights, too: slim, group_sl, bip, omp, lth (docs/methods.md)",
     )
     granularity: Literal["channel", "weight", "2:4"] = Field(
         default="channel",
@@ -299,15 +301,15 @@ class SearchTable(Table):
     )
     rounds: Count | None = Field(
         default=None,
-        description="magnitude, taylor, snip, grasp, synflow, lth, iterative (2 or more): how often scores are taken, each time of what the mask so far leaves; absent: of iterative once before each epoch and once at the end, of the others once",
+        description="magnitude, taylor, fisher, snip, grasp, synflow, lth, iterative (2 or more): how often scores are taken, each time of what the mask so far leaves; absent: of iterative once before each epoch and once at the end, of the others once",
     )
     per_cost: bool | None = Field(
         default=None,
         description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign); absent: for iterative alone",
     )
-    score_init: Literal["scaled", "taylor", "random"] = Field(
+    score_init: Literal["scaled", "taylor", "fisher", "random"] = Field(
         default="scaled",
-        description="scaled: from the group's own weight norms; taylor: from what the loss of the dense network says of each channel, for its cost; random: uniform in [0, 1)",
+        description="scaled: from the group's own weight norms; taylor, fisher: that criterion of the dense network, for its cost; random: uniform in [0, 1)",
     )
     found: str | None = Field(
         default=None,
@@ -336,6 +338,11 @@ class SearchTable(Table):
         """How often scores are taken."""
         usual = self.epochs + 1 if self.method == "iterative" else 1
         return usual if self.rounds is None else self.rounds
+
+    @property
+    def starts_for_cost(self) -> bool:
+        """Whether learned scores start from importance for its cost."""
+        return self.score_init in ("taylor", "fisher")
 
     @property
     def weighs_cost(self) -> bool:

@@ -38,7 +38,7 @@ from vpdeploy.values import ChannelGroup, Found, Member
 
 TRAINING = ("slim", "group_sl", "bip", "iterative")
 REWOUND = ("omp", "lth")
-ONCE = ("random", "magnitude", "taylor", "snip", "grasp", "synflow")
+ONCE = ("random", "magnitude", "taylor", "fisher", "snip", "grasp", "synflow")
 
 
 def recipe(**values: Any) -> Recipe:

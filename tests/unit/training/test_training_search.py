@@ -163,8 +163,9 @@ def test_where_scores_start(watched: Watched, tmp_path: Path, kind: str) -> None
         assert not torch.equal(row, torch.cat(list(searched(task, tmp_path / "8", other).scores.values())))
 
 
-def test_taylor_scores_start_from_the_loss_of_the_dense_network(watched: Watched, tmp_path: Path) -> None:
-    settled = recipe(search__score_init="taylor", search__epochs=1, search__score_lr=1e-60)
+@pytest.mark.parametrize("kind", ["taylor", "fisher"])
+def test_scores_start_from_what_the_dense_network_needs(kind: str, watched: Watched, tmp_path: Path) -> None:
+    settled = recipe(search__score_init=kind, search__epochs=1, search__score_lr=1e-60)
     network = tiny.network()
     task = tiny.task(network, settled)
     scores = searched(task, tmp_path, settled).scores
@@ -173,11 +174,14 @@ def test_taylor_scores_start_from_the_loss_of_the_dense_network(watched: Watched
     for norm, factor in factors.items():
         network.get_submodule(norm).register_forward_hook(lambda *args, f=factor: args[2] * f.view(1, -1, 1, 1))
     data, squares = tiny.data().train, {norm: torch.zeros(len(factor)) for norm, factor in factors.items()}
-    order = torch.randperm(len(data), generator=stream(settled.seed, "search", 0, "taylor"))
+    order = torch.randperm(len(data), generator=stream(settled.seed, "search", 0, kind))
     canvas = build_canvas(settled, prompted=False)
     assert data.pixels is not None
-    for part in order.split(LOOKING["taylor"].batch):
-        loss = F.cross_entropy(network(canvas(data.pixels[part] / 255)), data.labels[part])
+    drawn = torch.Generator().manual_seed(0)
+    for part in order.split(LOOKING[kind].batch):
+        logits = network(canvas(data.pixels[part] / 255))
+        own = torch.multinomial(logits.detach().softmax(1), 1, generator=drawn)[:, 0]
+        loss = F.cross_entropy(logits, own if kind == "fisher" else data.labels[part])
         for norm, gradient in zip(factors, torch.autograd.grad(loss, list(factors.values())), strict=True):
             squares[norm] += gradient.square()
     price = dict(zip(task.selector.roots, prices(task.selector).tolist(), strict=True))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vpdeploy.data.prepared import Images, batches
 from vpdeploy.recipe.tables import Recipe
+from vpdeploy.scoring.criteria.fisher import fisher, fisher_of_weights
 from vpdeploy.scoring.criteria.grasp import grasp, grasp_of_weights
 from vpdeploy.scoring.criteria.magnitude import magnitude, magnitude_of_weights
 from vpdeploy.scoring.criteria.model import Batches, Model
@@ -44,6 +45,7 @@ class _Looks:
 LOOKING = {
     # Squares of means over many images would cancel what single images feel.
     "taylor": _Looks(taylor, taylor_of_weights, images=2000, batch=10),
+    "fisher": _Looks(fisher, fisher_of_weights, images=2000, batch=10),
     "snip": _Looks(snip, snip_of_weights, images=128, batch=128),  # one batch, as the paper's (arXiv:1810.02340)
     "grasp": _Looks(grasp, grasp_of_weights, images=512, batch=64, of_class=25),  # as many as the authors of VPNs took
     "synflow": _Looks(synflow, synflow_of_weights, images=1, batch=1),

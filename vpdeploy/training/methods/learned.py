@@ -47,7 +47,7 @@ def vpns(
     def initial(network: Prompted, images: Images) -> Tensor:
         kind = recipe.search.score_init
         scores = importance("magnitude" if kind == "scaled" else kind, network, task, images, recipe=recipe)
-        if kind == "taylor" and isinstance(task.selector, Selector):
+        if recipe.search.starts_for_cost and isinstance(task.selector, Selector):
             scores = ranked(for_cost(scores, task.groups, task.selector), task.groups)
         return as_row(scores, task)
 

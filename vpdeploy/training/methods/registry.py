@@ -32,6 +32,7 @@ METHODS: dict[str, Method] = {
     "random": one_shot,
     "magnitude": one_shot,
     "taylor": one_shot,
+    "fisher": one_shot,
     "snip": one_shot,
     "grasp": one_shot,
     "synflow": one_shot,
