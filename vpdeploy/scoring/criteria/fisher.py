@@ -16,10 +16,11 @@ from vpdeploy.values import ChannelGroup
 def fisher(model: Model, groups: Sequence[ChannelGroup], batches: Batches) -> dict[str, Tensor]:
     """Group root -> score of each channel, [g] float64, at least 0.
 
-    As "taylor", with labels drawn from what the network answers in place of the true ones: the diagonal of the Fisher information
-    of the gates. It is the curvature of the divergence from the network's own answers (squared gradients of true labels are not:
-    Kunstner et al., arXiv:1905.12558), and it does not vanish on images that the network knows by heart. Each image has its own draw, so
-    products of two images' gradients are 0 in the mean. The same ``batches`` give the same labels.
+    As "taylor", with labels drawn from what the network answers in place of the true ones: the diagonal of the Fisher
+    information of the gates. It is the curvature of the divergence from the network's own answers, which squared gradients of
+    true labels are not (Kunstner et al., arXiv:1905.12558), and it does not vanish on images that the network knows by heart.
+    Each image has its own draw, so products of two images' gradients are 0 in the mean. The same ``batches`` give the same
+    labels.
     """
     return taylor(model, groups, _Answered(model, batches))
 
