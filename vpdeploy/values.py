@@ -282,7 +282,8 @@ class _Conditioned:
 class Latency(_Conditioned):
     """One distribution of run times of one exported file, interleaved with the other arms of the same run.
 
-    ``images_per_second`` is of all rounds together. ``steady``: the first and the last half of them agree.
+    ``images_per_second`` is of all rounds together. ``steady``: the first and the last half of them agree. ``openings``: for how
+    many equal parts of the samples the files were opened anew.
     """
 
     p50_ms: float
@@ -292,6 +293,7 @@ class Latency(_Conditioned):
     images_per_second: float
     steady: bool
     samples_ms: tuple[float, ...]
+    openings: int = 1
 
 
 @dataclass(frozen=True)

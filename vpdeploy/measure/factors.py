@@ -11,7 +11,9 @@ from vpdeploy.values import Factors, Latency, LatencyFactor, Measurement
 def latency_factor(dense: Latency, arm: Latency, *, seed: int) -> LatencyFactor:
     """Dense p50 over the arm's p50. Both come from one interleaved run: sample i of each is of the same round."""
     assert dense.conditions == arm.conditions, (dense.conditions, arm.conditions)
-    _, interval = bootstrap_factor(np.asarray(dense.samples_ms), np.asarray(arm.samples_ms), seed=seed)
+    assert dense.openings == arm.openings
+    samples = np.asarray(dense.samples_ms), np.asarray(arm.samples_ms)
+    _, interval = bootstrap_factor(*samples, seed=seed, openings=dense.openings)
     # The quotient of the reported medians, so that a reader of the report gets the same number to the last bit.
     factor = dense.p50_ms / arm.p50_ms
     return LatencyFactor(

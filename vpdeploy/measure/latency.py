@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,19 @@ STEADY = 0.15  # a machine whose clock sinks, or that gets a neighbour, moves by
 
 @dataclass(frozen=True)
 class Pace:
-    """What is measured at least: ``rounds``, after a warm-up in windows of ``window`` seconds and ``runs`` runs."""
+    """What is measured at least: ``rounds``, after a warm-up in windows of ``window`` seconds and ``runs`` runs.
+
+    ``openings``: how often every network is opened anew, each time for its share of the rounds. Where its weights come to lie in
+    memory is drawn when it is opened, and stays: copies of one file differ by some percent for as long as they are open.
+    """
 
     rounds: int = 20
     window: float = 0.2
     runs: int = 5
+    openings: int = 1
 
 
-REPORTED = Pace()
+REPORTED = Pace(openings=5)
 QUICK = Pace(rounds=6, window=0.05, runs=1)  # for a first look at many networks
 
 
@@ -51,21 +56,54 @@ def measure_latency(
 ) -> Timed:
     """Run every network on ``images`` [batch, ...], round by round, for ``seconds`` each, after a warm-up.
 
-    All see the same input, and sample i of each is of the same round: what disturbs the machine disturbs all of them.
+    All see the same input, and sample i of each is of the same round: what disturbs the machine disturbs all of them. Networks
+    are opened ``pace.openings`` times, in an order that moves on by one; but once, where that takes longer than measuring does
+    (an engine that compiles).
 
     Raises: VpdeployError when one cannot be run under ``setting``, or does not take such images.
     """
+    parts: list[dict[str, NDArray[np.float64]]] = []
     with settings_kept(setting):
-        sessions = {name: open_session(subject, setting) for name, subject in subjects.items()}
-        runs = {name: _prepared(name, session, images) for name, session in sessions.items()}
-        for subject in subjects.values():
-            check_all_ran_there(subject, images, setting)
-        for run in runs.values():
-            warm_up(run, clock=time.perf_counter_ns, pace=pace)
-        samples = time_rounds(runs, seconds=seconds, clock=time.perf_counter_ns, pace=pace)
-    about = next(iter(sessions.values())).about
+        openings = pace.openings
+        while len(parts) < openings:
+            begin = time.perf_counter()
+            sessions = {name: open_session(subjects[name], setting) for name in _from(len(parts), list(subjects))}
+            if time.perf_counter() - begin > max(1.0, seconds) * len(subjects):
+                openings = len(parts) + 1
+            runs = {name: _prepared(name, sessions[name], images) for name in subjects}
+            for subject in subjects.values() if not parts else ():
+                check_all_ran_there(subject, images, setting)
+            # After the first opening the machine is warm, and only what was opened is not.
+            window = pace.window / openings if parts else pace.window
+            of_one = replace(pace, rounds=-(-pace.rounds // openings), window=window)
+            for run in runs.values():
+                warm_up(run, clock=time.perf_counter_ns, pace=of_one)
+            parts.append(time_rounds(runs, seconds=seconds / openings, clock=time.perf_counter_ns, pace=of_one))
+            about = next(iter(sessions.values())).about
+            del sessions, runs, run  # before the next ones are opened: there may be memory for one of each
     at = Conditions(setting.engine, about["device"], setting.precision, form, setting.threads, len(images))
-    return Timed({name: summarise(times_ms, at) for name, times_ms in samples.items()}, about)
+    return Timed({name: summarise(times_ms, at, len(parts)) for name, times_ms in evenly(parts).items()}, about)
+
+
+def evenly(parts: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """The samples of all openings, one after the other, as many of each: arm -> [rounds of all].
+
+    At most KEPT_ROUNDS in all, spread evenly over each opening, the same ones for every arm.
+    """
+    shortest = min(len(times) for part in parts for times in part.values())
+    count = max(1, min(shortest, KEPT_ROUNDS // len(parts)))
+    kept = [_spread(len(next(iter(part.values()))), count) for part in parts]
+    return {arm: np.concatenate([part[arm][of] for part, of in zip(parts, kept, strict=True)]) for arm in parts[0]}
+
+
+def _spread(rounds: int, count: int) -> NDArray[np.int64]:
+    return np.linspace(0, rounds - 1, count).round().astype(np.int64)
+
+
+def _from(start: int, names: Sequence[str]) -> list[str]:
+    """``names``, the first of them moved on by ``start``."""
+    start %= len(names)
+    return [*names[start:], *names[:start]]
 
 
 def _prepared(name: str, session: Session, images: NDArray[Any]) -> Callable[[], object]:
@@ -113,20 +151,21 @@ def time_rounds(
     times: dict[str, list[int]] = {arm: [] for arm in arms}
     spent = dict.fromkeys(arms, 0)
     while min(spent.values()) < seconds * 1e9 or len(times[arms[0]]) < pace.rounds:
-        start = len(times[arms[0]]) % len(arms)
-        for arm in arms[start:] + arms[:start]:
+        for arm in _from(len(times[arms[0]]), arms):
             begin = clock()
             runs[arm]()
             elapsed = clock() - begin
             times[arm].append(elapsed)
             spent[arm] += elapsed
     rounds = len(times[arms[0]])
-    kept = np.linspace(0, rounds - 1, min(rounds, KEPT_ROUNDS)).round().astype(np.int64)
+    kept = _spread(rounds, min(rounds, KEPT_ROUNDS))
     return {arm: np.asarray(values, np.float64)[kept] / 1e6 for arm, values in times.items()}
 
 
-def summarise(times_ms: NDArray[np.float64], conditions: Conditions) -> Latency:
-    """Figures of the very samples that are kept: the report recomputes from itself. times_ms: [rounds]."""
+def summarise(times_ms: NDArray[np.float64], conditions: Conditions, openings: int = 1) -> Latency:
+    """Figures of the very samples that are kept: the report recomputes from itself. times_ms: [rounds], of each
+    opening as many.
+    """
     # Tenths of a microsecond: below what the clock resolves, and a third of the bytes in report.json.
     samples = np.round(times_ms, 4)
     p50, p90, p95, p99 = (float(value) for value in np.percentile(samples, [50, 90, 95, 99]))
@@ -139,6 +178,7 @@ def summarise(times_ms: NDArray[np.float64], conditions: Conditions) -> Latency:
         images_per_second=float(1000 * conditions.batch / samples.mean()),
         steady=is_steady(samples),
         samples_ms=tuple(samples.tolist()),
+        openings=openings,
     )
 
 

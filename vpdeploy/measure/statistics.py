@@ -73,22 +73,25 @@ def _crossing(falling: Callable[[float], float], target: float, *, low: float, h
 
 
 def bootstrap_factor(
-    dense_ms: NDArray[Any], arm_ms: NDArray[Any], *, seed: int, resamples: int = 2000
+    dense_ms: NDArray[Any], arm_ms: NDArray[Any], *, seed: int, openings: int = 1, resamples: int = 2000
 ) -> tuple[float, Interval]:
     """Median of dense over median of the arm, with its percentile bootstrap interval. Arrays: [rounds], both > 0.
 
     Round i of both was measured back to back, so rounds are drawn, never single times: a slow moment of the machine
-    falls on both and cancels.
+    falls on both and cancels. ``openings`` equal parts of the rounds are of networks that were opened anew: first openings are
+    drawn, then rounds of each, as what an opening does to a network stays in all of its rounds.
     """
     dense_ms, arm_ms = np.asarray(dense_ms, np.float64), np.asarray(arm_ms, np.float64)
     rounds = len(dense_ms)
-    assert rounds == len(arm_ms) > 0
+    assert rounds == len(arm_ms) > 0 and rounds % openings == 0
     factor = float(np.median(dense_ms) / np.median(arm_ms))
     generator = np.random.default_rng(seed)
     factors = np.empty(resamples)
     step = max(1, 500_000 // rounds)  # at most some 20 MB at once
     for start in range(0, resamples, step):
-        drawn = generator.integers(0, rounds, (min(step, resamples - start), rounds))
+        count, each = min(step, resamples - start), rounds // openings
+        parts = generator.integers(0, openings, (count, openings, 1))
+        drawn = (parts * each + generator.integers(0, each, (count, openings, each))).reshape(count, rounds)
         factors[start : start + step] = np.median(dense_ms[drawn], axis=1) / np.median(arm_ms[drawn], axis=1)
     low, high = np.percentile(factors, [2.5, 97.5])
     # With few distinct times the percentiles can fall on one side of the estimate by a rounding step.

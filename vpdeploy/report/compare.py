@@ -124,6 +124,8 @@ def figure_problems(name: str, arm: Measurement) -> Iterator[str]:
         if not len(samples) or not bool((samples > 0).all()):
             yield f"{key}.samples_ms: expected times above 0"
             continue
+        if row.openings < 1 or len(samples) % row.openings:
+            yield f"{key}.openings: got {row.openings}; expected a divisor of the number of samples, {len(samples)}"
         figures = {"p50_ms": row.p50_ms, "p90_ms": row.p90_ms, "p95_ms": row.p95_ms, "p99_ms": row.p99_ms}
         expected = [*np.percentile(samples, [50, 90, 95, 99]), 1000 * row.batch / samples.mean()]
         for (figure, got), value in zip(

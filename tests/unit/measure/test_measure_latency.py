@@ -1,16 +1,18 @@
 """Arms are interleaved, warm-up settles, percentiles recompute from the samples. No test looks at a real clock."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from budgeted import workbench
 
-from vpdeploy.measure import arms
-from vpdeploy.measure.engines import Subject
+from vpdeploy.measure import arms, latency
+from vpdeploy.measure.engines import Session, Setting, Subject
 from vpdeploy.measure.factors import factors, latency_factor
-from vpdeploy.measure.latency import STEADY, Timed, is_steady, summarise, time_rounds, warm_up
-from vpdeploy.values import Conditions, Measurement
+from vpdeploy.measure.latency import STEADY, Timed, is_steady, measure_latency, summarise, time_rounds, warm_up
+from vpdeploy.values import Conditions, Latency, Measurement
 
 
 class FakeClock:
@@ -66,6 +68,54 @@ def test_at_most_2000_rounds_are_kept_and_the_same_ones_of_every_arm():
     assert np.array_equal(samples["dense"], samples["pruned"])
     assert (np.diff(samples["dense"]) > 0).all()  # in round order, spread over the whole run
     assert samples["dense"][-1] == pytest.approx(1 + (len(steps) - 1) / 1e6)
+
+
+class Opened:
+    """Sessions under a fake clock: one that is opened for the nth time takes the nth of its times, in ms."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: dict[str, list[float]], *, opens_in: float = 0.01):
+        self.clock, self.order, self.times, self.opens_in = FakeClock(), list[str](), times, opens_in
+        seen = SimpleNamespace(perf_counter=lambda: self.clock.now / 1e9, perf_counter_ns=self.clock)
+        monkeypatch.setattr(latency, "time", seen)
+        monkeypatch.setattr(latency, "open_session", self.open)
+        monkeypatch.setattr(latency, "check_all_ran_there", lambda *args: None)
+
+    def open(self, subject: Subject, setting: Setting) -> Session:
+        name = str(subject.path)
+        self.clock.now += int(self.opens_in * 1e9)
+        run = self.clock.run(name, self.times[name][self.order.count(name)])
+        self.order.append(name)
+        return Session(lambda images: run(), {"device": "cpu"})
+
+    def measure(self, seconds: float) -> dict[str, Latency]:
+        subjects = {name: Subject(Path(name)) for name in self.times}
+        images = np.zeros((1, 1), np.float32)
+        found = measure_latency(subjects, images, form="float", setting=Setting(), seconds=seconds)
+        return dict(found.latencies)
+
+
+def test_every_network_is_opened_five_times_and_the_interval_knows_it(monkeypatch):
+    """Each opening of a file keeps its own time: rounds of one opening say nothing of that."""
+    opened = Opened(monkeypatch, {"a": [10, 11, 10, 12, 10.5], "b": [11, 10, 12, 10, 10.5]})
+    found = opened.measure(seconds=10)
+    assert "".join(opened.order) == "ab" + "ba" + "ab" + "ba" + "ab"
+    assert [found[name].openings for name in "ab"] == [5, 5]
+    of_each = np.reshape(found["a"].samples_ms, (5, -1))
+    assert of_each.shape[1] >= 150 and (of_each == of_each[:, :1]).all()
+    assert of_each[:, 0].tolist() == [10, 11, 10, 12, 10.5]
+    low, high = latency_factor(found["a"], found["b"], seed=0).interval
+    assert low < 0.96 and high > 1.04
+    for name in "ab":
+        found[name] = replace(found[name], openings=1)
+    low, high = latency_factor(found["a"], found["b"], seed=0).interval
+    assert low > 0.96 or high < 1.04  # what the rounds alone would have said
+
+
+def test_an_engine_that_takes_longer_to_open_than_to_measure_is_opened_once(monkeypatch):
+    opened = Opened(monkeypatch, {"a": [10], "b": [5]}, opens_in=3)
+    found = opened.measure(seconds=2)
+    assert opened.order == ["a", "b"] and found["a"].openings == 1
+    assert latency_factor(found["a"], found["b"], seed=0).interval == (2, 2)
 
 
 def test_warm_up_stops_when_two_windows_agree():
