@@ -43,7 +43,7 @@ def test_every_run_of_a_grid_is_a_recipe(path: Path) -> None:
 @pytest.mark.parametrize("name", ["cifar10-resnet20", "cifar10-resnet56"])
 def test_the_row_that_is_called_the_default_is_it(name: str) -> None:
     path = BENCHMARKS / "grids" / f"{name}.toml"
-    for cell in grids.cells(grids.read_grid(path), only=["iterative"]):
+    for cell in grids.cells(grids.read_grid(path), only=["fisher"]):
         recipe = grids.recipe_of(path, cell)
         asked = {"epochs": recipe.search.epochs, "batch_size": recipe.search.batch_size}
         default = SearchTable(**asked)

@@ -270,8 +270,8 @@ class SearchTable(Table):
     """Stage 1: which channels matter, and the prompt that goes with them."""
 
     method: Method = Field(
-        default="iterative",
-        description="iterative: weights and prompt learn while channels go, round by round; vpns: scores and prompt, learned on frozen weights; hydra: scores alone; of one look at the dense network: random, magnitude, taylor, fisher, snip, grasp, synflow; with training of weights, too: slim, group_sl, bip, omp, lth (docs/methods.md)",
+        default="fisher",
+        description="of one look at the dense network: fisher, taylor, random, magnitude, snip, grasp, synflow, and then the prompt learns under the mask; vpns: scores and prompt, learned on frozen weights; hydra: scores alone; with training of weights, too: iterative, slim, group_sl, bip, omp, lth (docs/methods.md)",
     )
     granularity: Literal["channel", "weight", "2:4"] = Field(
         default="channel",
@@ -305,7 +305,7 @@ class SearchTable(Table):
     )
     per_cost: bool | None = Field(
         default=None,
-        description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign); absent: for iterative alone",
+        description="importance is divided by what a channel adds to the budget; not for vpns, hydra, bip (score_init has it) and grasp (of either sign); absent: for fisher and iterative alone",
     )
     score_init: Literal["scaled", "taylor", "fisher", "random"] = Field(
         default="scaled",
@@ -347,7 +347,7 @@ class SearchTable(Table):
     @property
     def weighs_cost(self) -> bool:
         """Whether importance is divided by what a channel adds to the budget."""
-        return self.method == "iterative" if self.per_cost is None else self.per_cost
+        return self.method in ("fisher", "iterative") if self.per_cost is None else self.per_cost
 
     @property
     def data_needed(self) -> DataTable | None:

@@ -158,7 +158,7 @@ ONE_PROBLEM = [
     ),
     (
         {"model": {"head": "ilm", "weights": "resnet18.pth"}},
-        "model.head: got 'ilm' for search.method = 'iterative', which maps the classes once; expected 'flm', or a meth",
+        "model.head: got 'ilm' for search.method = 'fisher', which maps the classes once; expected 'flm', or a meth",
     ),
     # tokens
     (
