@@ -20,7 +20,7 @@ PLACES = {
     "price": ("price.json", 1),
     "fit": ("state/fit.pt", 2),
     "tune:dense": ("state/tune.dense.pt", 2),
-    "search:pruned": ("state/search.pruned.1.pt", 1),
+    "search:pruned": ("state/search.pruned.pt", 2),
     "cut:pruned": ("plan.json", 1),
     "tune:pruned": ("state/tune.pruned.pt", 2),
     "export": ("export/dense.onnx", 1),

@@ -194,7 +194,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "data": draw(table({"val_fraction": SHARE, "test_fraction": SHARE}, name=st.just("imagefolder"), root=FOLDERS)),
         "input": draw(table(canvas, image_size=st.just(size))),
         "prompt": {"pixels": draw(table(PIXELS, size=st.integers(1, 7)))},
-        "search": draw(table({"weight_lr": SHARE, "per_cost": st.booleans()})),
+        "search": {"method": "iterative"} | draw(table({"weight_lr": SHARE, "per_cost": st.booleans()})),
         "budget": draw(table({"max_removal": SHARE}, **{draw(BUDGETS): SHARE})),
         "compare": draw(table({"arms": st.permutations(["dense", "pruned", "pruned-prompt"])})),
         "bench": draw(table({"threads": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True)})),

@@ -47,7 +47,7 @@ def test_the_row_that_is_called_the_default_is_it(name: str) -> None:
         recipe = grids.recipe_of(path, cell)
         asked = {"epochs": recipe.search.epochs, "batch_size": recipe.search.batch_size}
         default = SearchTable(**asked)
-        told = {"rounds": default.turns, "per_cost": default.weighs_cost}
+        told = {"per_cost": default.weighs_cost}
         assert recipe.search == default.model_copy(update=told)
         assert (recipe.tune.distill, recipe.tune.teacher) == (0.9, TuneTable().teacher)  # no head is replaced
 

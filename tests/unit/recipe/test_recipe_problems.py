@@ -157,8 +157,8 @@ ONE_PROBLEM = [
         for rounds in (1, 4)
     ),
     (
-        {"model": {"head": "ilm", "weights": "resnet18.pth"}},
-        "model.head: got 'ilm' for search.method = 'fisher', which maps the classes once; expected 'flm', or a meth",
+        {"model": {"head": "ilm", "weights": "resnet18.pth"}, "search": {"method": "iterative"}},
+        "model.head: got 'ilm' for search.method = 'iterative', which maps the classes once; expected 'flm', or a meth",
     ),
     # tokens
     (
