@@ -22,6 +22,7 @@ from vpdeploy import run_folder
 from vpdeploy.errors import RunFolderError, SurgeryError
 from vpdeploy.measure.latency import told_unsteady
 from vpdeploy.measure.macs import count_macs
+from vpdeploy.models.tokens.fold import as_shipped
 from vpdeploy.models.tokens.prompt import put_tokens, split_prompt
 from vpdeploy.pricing.candidates import target_text
 from vpdeploy.pricing.price import check_reachable, elsewhere, price, selector_for
@@ -384,13 +385,14 @@ def _zeroed(
 
 
 def _check_budget(smaller: nn.Module, dense: nn.Module, *, recipe: Recipe) -> None:
-    """Count what the selection only computed: the budget must hold of the network that was cut.
+    """Count what the selection only computed: the budget must hold of the network that was cut, as it ships.
 
     Raises: SurgeryError when it does not.
     """
     kind, canvas_size = recipe.budget.kind, recipe.input.canvas
     if kind == "macs_ratio":
-        left, whole = (count_macs(network, canvas_size=canvas_size).macs for network in (smaller, dense))
+        shipped = (as_shipped(network, canvas_size=canvas_size) for network in (smaller, dense))
+        left, whole = (count_macs(network, canvas_size=canvas_size).macs for network in shipped)
     elif kind == "params_ratio":
         left, whole = (sum(p.numel() for p in network.parameters()) for network in (smaller, dense))
     else:

@@ -15,7 +15,6 @@ from integration.stand_ins import write_images
 
 from vpdeploy import pipeline, run_folder
 from vpdeploy.deploy.bake import bake
-from vpdeploy.measure.macs import count_macs
 from vpdeploy.progress import Display
 from vpdeploy.recipe.reading import parse_recipe
 from vpdeploy.stages import read_recipe
@@ -207,17 +206,16 @@ def test_tokens_of_a_transformer_learned_condensed_and_folded_away(folder, tmp_p
     assert prompt_of(tmp_path, "dense") == {} and "top" in after
     certificate = report.certificates["pruned"]
     assert certificate.masked_vs_pruned < 1e-6
-    # The budget is of the network without tokens, before folding: of its last block files compute the class token alone.
+    # 4 tokens, read by at most 10 others, each 2 * 16 products; the budget is of the network without them, and of its last block
+    # counts what files compute, the class token alone.
     assert certificate.reached <= 0.7
-    assert report.arms["pruned"].macs < report.arms["dense"].macs
+    assert report.arms["pruned"].macs - 4 * 10 * 2 * 16 <= 0.7 * report.arms["dense"].macs
     names = [node.name for node in onnx.load(tmp_path / "export" / "pruned.onnx").graph.initializer]
     assert not any("tokens" in name for name in names)
     # The tokens are in the file, and matter: without them it says something else.
     image = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)
     work = open_workbench(read_recipe(tmp_path), tmp_path, redo=None, display=Display(quiet=True))
     whole = read_tuned(work, "pruned")
-    counted = [count_macs(read_tuned(work, arm).backbone, canvas_size=CANVAS).macs for arm in ("pruned", "dense")]
-    assert counted[0] <= 0.7 * counted[1]
     for prompt, same in ((whole.prompt, True), ({k: v for k, v in after.items() if k not in tokens}, False)):
         deployable = bake(
             replace(whole, prompt=prompt), recipe=work.recipe, classifier=work.built.classifier, form="uint8"

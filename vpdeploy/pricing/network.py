@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vpdeploy.models.tokens.fold import as_shipped
 from vpdeploy.recipe.tables import Recipe
 from vpdeploy.scoring.select import STEPS, allowed_widths, most_removed
 from vpdeploy.surgery.cost import Array, CostModel, cost_of
@@ -18,7 +19,7 @@ from vpdeploy.workbench import Workbench
 
 @dataclass(frozen=True)
 class Network:
-    """What widths are of: a recipe's groups, and what formulas tell of any widths."""
+    """What widths are of: a recipe's groups, and what formulas tell of any widths of the network that ships, without tokens."""
 
     recipe: Recipe
     groups: ChannelGroups
@@ -27,8 +28,9 @@ class Network:
 
     @staticmethod
     def of(work: Workbench, groups: ChannelGroups) -> Network:
-        backbone, prunable = work.built.backbone, groups.prunable
-        seen = look(backbone, example_input(work.recipe.input.canvas, batch=1))
+        canvas_size, prunable = work.recipe.input.canvas, groups.prunable
+        backbone = as_shipped(work.built.backbone, canvas_size=canvas_size)
+        seen = look(backbone, example_input(canvas_size, batch=1))
         return Network(work.recipe, groups, shapes_of(seen, backbone, prunable), cost_of(seen, backbone, prunable))
 
     def narrowest(self, round_to: int) -> Array:

@@ -404,7 +404,9 @@ class BudgetTable(Table):
     channel_ratio: Fraction | None = Field(
         default=None, description="of the channels of prunable groups, each group counted once"
     )
-    macs_ratio: Fraction | None = Field(default=None, description="of the backbone's multiply-accumulates")
+    macs_ratio: Fraction | None = Field(
+        default=None, description="of the backbone's multiply-accumulates as it ships, without tokens"
+    )
     params_ratio: Fraction | None = Field(default=None, description="of the backbone's parameters")
     weight_ratio: Fraction | None = Field(
         default=None,

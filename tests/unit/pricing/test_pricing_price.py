@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -21,6 +22,8 @@ from vpdeploy.deploy.onnx_file import to_onnx
 from vpdeploy.deploy.session import read_metadata
 from vpdeploy.errors import BudgetError
 from vpdeploy.measure.engines import EngineError
+from vpdeploy.measure.macs import count_macs
+from vpdeploy.models.tokens.fold import fold
 from vpdeploy.models.tokens.prompt import new_tokens
 from vpdeploy.pricing import price, target
 from vpdeploy.pricing.candidates import Candidates
@@ -34,7 +37,7 @@ from vpdeploy.scoring.select import build_selector, unreachable
 from vpdeploy.surgery.cost import CostModel, Sum
 from vpdeploy.surgery.cut import cut
 from vpdeploy.surgery.plan import plan
-from vpdeploy.values import Conditions, Tuned
+from vpdeploy.values import ChannelMask, Conditions, Tuned
 
 
 def test_every_quantity_is_told_from_the_smallest_to_the_dense_one(tmp_path):
@@ -108,6 +111,25 @@ def test_so_it_is_of_a_transformer_whose_layers_have_one_shape_until_their_heads
     )
     assert 0 <= told - size < 4096
     assert found.dense["file_mib"] * 2**20 == files.whole.stat().st_size
+
+
+def test_of_a_transformer_formulas_tell_what_files_compute(tmp_path):
+    """Of its last block the class token alone; the counter says the same of the network that was cut and folded."""
+    (tmp_path / "net.py").write_text(TRANSFORMER)
+    work = workbench(tmp_path, {"macs_ratio": 0.5}, model={"name": f"{tmp_path / 'net.py'}:vit"})
+    groups, backbone = pipeline.grouped(work), work.built.backbone
+    network = Network.of(work, groups)
+    keep = {g.root: tuple(channel // g.unit % 2 == 0 for channel in range(g.width)) for g in groups.prunable}
+    small = cut(backbone, plan(backbone, groups.prunable, ChannelMask(keep)))
+    widths = np.array([sum(kept) for kept in keep.values()], float)
+    for trained, at in ((backbone, network.cost.dense_widths), (small, widths)):
+        whole, shipped = trained, copy.deepcopy(trained)
+        assert [made.done for made in fold(shipped, canvas_size=12)] == [True]
+        counted, all_tokens = (count_macs(one, canvas_size=12) for one in (shipped, whole))
+        assert network.cost.macs(at) == counted.macs < 0.9 * all_tokens.macs
+        layers = {layer.module: layer for layer in network.shapes.layers}
+        last = [name for name in layers if "layer_3.mlp" in name]
+        assert len(last) == 2 and all(layers[name].positions == 1 for name in last)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,12 @@ def fold_readout(network: nn.Module, *, canvas_size: int) -> tuple[Fold, ...]:
     return (_readout(False, reason),)
 
 
+def as_shipped(network: nn.Module, *, canvas_size: int) -> nn.Module:
+    """``network`` as a file computes it, with the same tensors: a copy whose last block computes what is read, or ``network``."""
+    twin = copy.deepcopy(network)
+    return twin if any(made.done for made in fold_readout(twin, canvas_size=canvas_size)) else network
+
+
 def with_constants(groups: Sequence[ChannelGroup], network: nn.Module) -> list[ChannelGroup]:
     """``groups``, those of heads with what ``fold`` made of tokens in ``network`` among their members, so that it is cut with
     them. The units that it widened an MLP by belong to no group.
