@@ -44,6 +44,13 @@ _NOT_READ = (
     *("data.limit_test", "data.download", "search.data.limit_test", "search.data.download"),
     *("compute.workers", "compare.arms"),
 )
+# Keys that say where something lies, with the inputs that say what it is.
+_PLACES = {
+    "data.root": "data",
+    "search.data.root": "search.data.name",
+    "model.weights": "model.weights",
+    "search.found": "search.found",
+}
 FIT_ELSEWHERE = "search"  # in place of an arm: the dense network of search.data
 
 
@@ -109,7 +116,7 @@ class Ledger:
 
     ``inputs`` identifies the files that the recipe names, e.g. {"data": sha256}; ``machine`` what measurements depend on
     beside them, e.g. {"onnxruntime": "1.31.1"}. What is not given, because the file is gone or nobody looked, is taken to
-    be as it was.
+    be as it was. A file with the same contents in another place is the same file.
     """
 
     path: Path
@@ -118,7 +125,11 @@ class Ledger:
 
     def key(self, stage: Stage, recipe: Recipe) -> str:
         """A hash of everything that decides what ``stage`` gives."""
-        return hashlib.sha256(json.dumps(self._reads(stage, recipe), sort_keys=True).encode()).hexdigest()
+        reads = self._reads(stage, recipe)
+        for key, name in _PLACES.items():
+            if _CONTENTS + name in reads:
+                reads.pop(key, None)
+        return hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
 
     def is_done(self, stage: Stage, recipe: Recipe) -> bool:
         entry = self._entries().get(stage.name)
@@ -177,6 +188,20 @@ class Ledger:
                     f"another folder with -o, or train again from there with --redo {stage.kind}"
                 )
 
+    def follow(self, recipe: Recipe) -> None:
+        """Note where the files lie now that ``recipe`` names, for stages that read the same ones in another place."""
+        entries, values = self._entries(), flatten(recipe)
+        for entry in entries.values():
+            reads = entry["reads"]
+            reads |= {key: values[key] for key in _PLACES if key in values and self._is_same(reads, key)}
+        if entries != self._entries():
+            self._write(entries)
+
+    def _is_same(self, before: Mapping[str, Any], key: str) -> bool:
+        """Whether what lies at ``key`` now was looked at, and is what was read ``before``."""
+        now = self.inputs.get(_PLACES[key])
+        return key in before and now is not None and before.get(_CONTENTS + _PLACES[key]) == now
+
     def _reads(self, stage: Stage, recipe: Recipe) -> dict[str, Any]:
         entry = self._entries().get(stage.name, {"reads": {}})
         before = {key: value for key, value in entry["reads"].items() if key.startswith((_CONTENTS, _MACHINE))}
@@ -188,7 +213,8 @@ class Ledger:
             manifest = manifest_file(self.path.parent)  # which holds the checksum of every exported file
             if manifest.exists():
                 inputs[f"{_CONTENTS}export"] = sha256_of(manifest)
-        reads = {**values, **before, **inputs}
+        moved = {key: entry["reads"][key] for key in _PLACES if key in values and self._is_same(entry["reads"], key)}
+        reads = {**values, **moved, **before, **inputs}
         return json.loads(json.dumps(reads))  # as it comes back from disk
 
     def _entries(self) -> dict[str, Any]:

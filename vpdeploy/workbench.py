@@ -124,6 +124,7 @@ def open_workbench(recipe: Recipe, run: Path, *, redo: str | None, display: Disp
     if redo is not None:  # only now that nothing is wrong: what is forgotten has to be trained again
         for name in ledger.forget(redo, recipe):
             _drop_state(run, name)
+    ledger.follow(recipe)
     run_folder.write_bytes(run / "recipe.toml", dump_recipe(recipe).encode())
     return Workbench(
         run=run,

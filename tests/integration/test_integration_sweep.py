@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_its_page_holds_every_point_the_front_and_the_commands(swept):
 
 def test_the_same_sweep_again_trains_nothing(swept, capsys):
     folder, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    done = here(capsys, *sweep_into(folder))
+    assert done.status == 0, done.err
+    assert "epoch" not in done.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+
+
+def test_a_sweep_that_was_moved_goes_on_where_it_is(swept, tmp_path, capsys):
+    """Its points name the scores by their place, which is another now; that these are the same is what counts."""
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(swept[0], folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     done = here(capsys, *sweep_into(folder))
     assert done.status == 0, done.err

@@ -145,6 +145,24 @@ def test_changed_files_are_told_as_such(ledger):
         now.refuse_retraining(recipe(), run=Path("RUN"), redo=None)
 
 
+def test_a_file_that_was_moved_is_the_same_file(tmp_path):
+    before, now = recipe(model__weights="/a/w.safetensors"), recipe(model__weights="/b/w.safetensors")
+    ledger = Ledger(tmp_path / "stages.json", INPUTS)
+    for stage in stages_of(before):
+        ledger.finish(stage, before)
+    assert undone(ledger, now) == set()
+    key = ledger.key(Stage("fit"), before)
+    assert ledger.key(Stage("fit"), now) == key
+    ledger.follow(now)
+    assert ledger.key(Stage("fit"), now) == key  # what was half trained goes on, too
+    blind = Ledger(ledger.path, {})  # the report's, which reads the recipe that is there now
+    assert undone(blind, now) == set() and undone(blind, before) != set()
+    now = before
+    for other in ({"data": "d1"}, {**INPUTS, "model.weights": "w2"}):  # not there to be looked at, and another
+        with pytest.raises(RunFolderError, match="model.weights"):
+            Ledger(ledger.path, other).refuse_retraining(now, run=Path("RUN"), redo=None)
+
+
 def test_a_long_list_of_changes_is_cut(ledger):
     now = recipe(
         fit__epochs=1, fit__weight_lr=1.0, fit__batch_size=1, fit__weight_decay=0.1, seed=1, data__augment="none"
